@@ -97,7 +97,10 @@ class Qwen3VLMoeModel(nnx.Module):
         return constrain(tokens, BATCH, None, None), constrain(deepstack, None, BATCH, None, None)
 
     def __call__(self, batch: Batch, *, inputs_embeds: jax.Array | None = None, output_hidden_states: bool = False) -> TextOutput:
-        """Embeds, puts visual tokens at their columns, and runs the decoder with DeepStack. `inputs_embeds [B,T,D]` replaces the lookup."""
+        """Embeds, puts visual tokens at their columns, runs the decoder with DeepStack.
+
+        `inputs_embeds [B,T,D]` replaces the lookup; visual tokens are still put in.
+        """
         batch = jax.tree.map(jnp.asarray, batch)
         with jax.named_scope("embed"):
             x = self.language_model.embed_tokens(batch.input_ids) if inputs_embeds is None else inputs_embeds
