@@ -1,0 +1,74 @@
+"""Which kernels run: chosen once, apart from the model's config, since they change speed and memory but not the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+from qvlmoe_jax.errors import ConfigError
+
+log = logging.getLogger("qvlmoe_jax")
+
+_CHOICES = {
+    "attention": ("auto", "dense", "chunked"),
+    "experts": ("auto", "tiles", "ragged_dot"),
+    "dispatch": ("allgather",),
+    "remat": ("none", "full", "dots"),
+    "router_dtype": ("model", "float32"),
+}
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """Kernel choices.
+
+    Attributes:
+      attention: `dense` holds all T x S scores; `chunked` holds one block of queries' scores at a time, so memory grows
+        linearly with length; `auto` takes chunked above `attention_chunk` positions, dense below.
+      attention_chunk: queries per block of the chunked kernel.
+      experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
+        5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.
+      dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis.
+      remat: what the backward pass recomputes: nothing, each layer whole (`full`), or all but matrix products (`dots`).
+      router_dtype: precision of the router's logits; `model` is HF's (the softmax is float32 either way).
+      fake_balanced_gate: for benchmarks only: tokens go to experts in turn, whatever the router says.
+    Raises:
+      ConfigError: a value outside the choices, named.
+    """
+
+    attention: Literal["auto", "dense", "chunked"] = "auto"
+    attention_chunk: int = 512
+    experts: Literal["auto", "tiles", "ragged_dot"] = "auto"
+    dispatch: Literal["allgather"] = "allgather"
+    remat: Literal["none", "full", "dots"] = "none"
+    router_dtype: Literal["model", "float32"] = "model"
+    fake_balanced_gate: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"BackendConfig.{name} = {value!r} is not supported, expected one of {', '.join(choices)}")
+        if self.attention_chunk < 1:
+            raise ConfigError(f"BackendConfig.attention_chunk = {self.attention_chunk}, expected a positive number of queries")
+
+    def resolve(self, platform: str) -> BackendConfig:
+        """The same choices with `experts="auto"` settled for `platform` (`cpu`, `gpu`, `tpu`), and logged.
+
+        `attention="auto"` stays: it depends on each call's length.
+        """
+        if self.experts != "auto":
+            return self
+        experts = "tiles" if platform == "cpu" else "ragged_dot"
+        log.info("experts kernel: %s (auto on %s)", experts, platform)
+        return dataclasses.replace(self, experts=experts)
+
+    def attention_kernel(self, length: int) -> Literal["dense", "chunked"]:
+        """The attention kernel for `length` queries."""
+        if self.attention != "auto":
+            return self.attention
+        kernel = "chunked" if length > self.attention_chunk else "dense"
+        log.info("attention kernel: %s (auto, %d queries)", kernel, length)
+        return kernel

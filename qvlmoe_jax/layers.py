@@ -1,0 +1,93 @@
+"""The small parts every room uses: linear maps as einsums, the two norms, embeddings, and stacking layers for a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Init = Callable[..., jax.Array]
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+
+LAYER_NORM_EPS = 1e-6
+
+
+def truncated_normal(std: float, cut: float) -> Init:
+    """Normal of this standard deviation, redrawn outside +-`cut` (absolute, as `torch.nn.init.trunc_normal_`'s a and b)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        return (std * jax.random.truncated_normal(key, -cut / std, cut / std, shape, jnp.float32)).astype(dtype)
+
+    return init
+
+
+def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum` in the inputs' dtype; float32 products stay float32 on TPU and GPU, whose default would round them."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, w, precision=precision)
+
+
+class Linear(nnx.Module):
+    """`einsum(equation, x, weight) (+ bias)`. The weight is `[in..., out...]`; the bias has the output's own letters."""
+
+    def __init__(
+        self, equation: str, shape: tuple[int, ...], *, init: Init, dtype: DTypeLike, rngs: nnx.Rngs, use_bias: bool = False
+    ):
+        operands, output = equation.split("->")
+        letters = operands.split(",")[1]
+        self.equation = equation
+        self.weight = nnx.Param(init(rngs.params(), shape, dtype))
+        out_shape = tuple(size for letter, size in zip(letters, shape, strict=True) if letter in output)
+        self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = einsum(self.equation, x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Embed(nnx.Module):
+    """A table `[V, D]`; calling it looks rows up."""
+
+    def __init__(self, shape: tuple[int, int], *, init: Init, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.weight = nnx.Param(init(rngs.params(), shape, dtype))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+
+
+class RMSNorm(nnx.Module):
+    """float32 statistics, cast to the input's dtype, THEN the weight (MOE 74-80: the order matters in bf16)."""
+
+    def __init__(self, width: int, *, eps: float, dtype: DTypeLike):
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * normed.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`torch.nn.LayerNorm` with eps 1e-6: statistics and affine map in float32, one cast at the end."""
+
+    def __init__(self, width: int, *, dtype: DTypeLike):
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
+        return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], ModuleT], count: int, rngs: nnx.Rngs) -> ModuleT:
+    """`count` layers as ONE module whose parameters have a leading dim of `count`: what `lax.scan` iterates over."""
+    keys = jax.random.split(rngs.params(), count)
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(keys)

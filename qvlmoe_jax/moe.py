@@ -1,0 +1,195 @@
+"""The mixture-of-experts block: route, dispatch, experts, combine, and the same over a mesh. Dropless; padding reaches no expert.
+
+B batch, T length, S tokens (B*T), D hidden, E experts, F expert width, k experts per token, R = S*k rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from qvlmoe_jax.backend import BackendConfig
+from qvlmoe_jax.config import Qwen3VLMoeTextConfig
+from qvlmoe_jax.experts import KERNELS
+from qvlmoe_jax.layers import Linear, einsum
+from qvlmoe_jax.sharding import BATCH, active_mesh, fit
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RouterStats:
+    """Sums over the valid tokens of the whole batch, one row per MoE layer once stacked (`[L,E]`, `[L]`).
+
+    Attributes:
+      tokens_per_expert: `[E]` how many (token, choice) pairs went to each expert; sums to k * num_tokens.
+      prob_sum: `[E]` sum of the router's full softmax.
+      num_tokens: valid tokens seen.
+    """
+
+    tokens_per_expert: jax.Array
+    prob_sum: jax.Array
+    num_tokens: jax.Array
+
+
+def route(logits_SE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Top-k of the softmax, always renormalised (MOE 126-143; `norm_topk_prob` is ignored there too).
+
+    Returns:
+      probabilities `[S,E]` float32, weights `[S,k]` in the logits' dtype, experts `[S,k]` int32.
+    """
+    probs = jax.nn.softmax(logits_SE.astype(jnp.float32), axis=-1)
+    top, experts = jax.lax.top_k(probs, k)
+    weights = top / jnp.sum(top, axis=-1, keepdims=True)
+    return probs, weights.astype(logits_SE.dtype), experts.astype(jnp.int32)
+
+
+def dispatch(x_SD: jax.Array, experts_SK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Copies each token once per choice, sorted by expert.
+
+    Args:
+      experts_SK: expert ids; `num_experts` and above mean "nobody" (padding, another device's experts) and sort last.
+    Returns:
+      rows `[R,D]`, order `[R]` (row r is the flat choice order[r]), group sizes `[E]` int32.
+    """
+    flat = experts_SK.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return x_SD[order // experts_SK.shape[1]], order, group_sizes
+
+
+def combine(rows_RD: jax.Array, order_R: jax.Array, weights_SK: jax.Array) -> jax.Array:
+    """Undoes `dispatch`: `[S,D]`, each token the weighted sum of its k rows, summed in float32."""
+    S, k = weights_SK.shape
+    chosen = rows_RD[jnp.argsort(order_R)].reshape(S, k, -1)
+    y = jnp.einsum("SKD,SK->SD", chosen, weights_SK, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    return y.astype(rows_RD.dtype)
+
+
+def balanced_choice(num_tokens: int, num_experts: int, k: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Weights and experts of a perfectly even routing, for benchmarks: token s takes experts s*k .. s*k+k-1 in turn."""
+    experts = (jnp.arange(num_tokens)[:, None] * k + jnp.arange(k)) % num_experts
+    return jnp.full((num_tokens, k), 1 / k, dtype), experts.astype(jnp.int32)
+
+
+class Qwen3VLMoeTextExperts(nnx.Module):
+    """The experts' weights, `gate_up_proj [E,D,2,F]` and `down_proj [E,F,D]`."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        init = jax.nn.initializers.normal(config.initializer_range)
+        self.gate_up_proj = nnx.Param(init(rngs.params(), (E, D, 2, F), dtype))
+        self.down_proj = nnx.Param(init(rngs.params(), (E, F, D), dtype))
+
+
+class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
+    """Router and experts of one layer: `(x [B,T,D], valid [B,T]) -> (y [B,T,D], RouterStats)`."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.k, self.num_experts, self.backend = config.num_experts_per_tok, config.num_experts, backend
+        self.gate = Linear(
+            "SD,DE->SE",
+            (config.hidden_size, config.num_experts),
+            init=jax.nn.initializers.normal(config.initializer_range),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.experts = Qwen3VLMoeTextExperts(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+        gate, gate_up, down = self.gate.weight[...], self.experts.gate_up_proj[...], self.experts.down_proj[...]
+        mesh = active_mesh()
+        if mesh is None:
+            return self._device(x_BTD, valid_BT, gate, gate_up, down, _Layout())
+        tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
+        gate_up_spec = fit(("expert", "fsdp", None, "tensor"), gate_up.shape, mesh)
+        down_spec = fit(("expert", "tensor", "fsdp"), down.shape, mesh)
+        layout = _Layout.of(tokens, gate_up_spec, down_spec)
+        return jax.shard_map(
+            lambda *args: self._device(*args, layout),
+            in_specs=(P(*tokens, None), tokens, P(), gate_up_spec, down_spec),
+            out_specs=(P(*tokens, None), P()),
+            check_vma=False,
+        )(x_BTD, valid_BT, gate, gate_up, down)
+
+    def _choose(self, x_SD: jax.Array, valid_S: jax.Array, gate_DE: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """Weights `[S,k]`, experts `[S,k]` (padding: nobody) and the sums over these tokens."""
+        router_dtype = jnp.float32 if self.backend.router_dtype == "float32" else x_SD.dtype
+        logits = einsum("SD,DE->SE", x_SD.astype(router_dtype), gate_DE.astype(router_dtype))
+        probs, weights, experts = route(logits, self.k)
+        if self.backend.fake_balanced_gate:
+            weights, experts = balanced_choice(x_SD.shape[0], self.num_experts, self.k, weights.dtype)
+        experts = jnp.where(valid_S[:, None], experts, self.num_experts)
+        stats = RouterStats(
+            tokens_per_expert=jnp.sum(experts[..., None] == jnp.arange(self.num_experts), axis=(0, 1), dtype=jnp.float32),
+            prob_sum=jnp.sum(jnp.where(valid_S[:, None], probs, 0), axis=0),
+            num_tokens=jnp.sum(valid_S, dtype=jnp.float32),
+        )
+        return weights, experts, stats
+
+    def _device(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, gate: jax.Array, gate_up: jax.Array, down: jax.Array, layout: _Layout
+    ) -> tuple[jax.Array, RouterStats]:
+        """What one device does with its tokens and its experts; with an empty layout, the whole block."""
+        x = x_BTD.reshape(-1, x_BTD.shape[-1])
+        with jax.named_scope("router"):
+            weights, experts, stats = self._choose(x, valid_BT.reshape(-1), gate)
+            if layout.token_axes:
+                stats = jax.lax.psum(stats, layout.token_axes)
+        with jax.named_scope("dispatch"):
+            if layout.gate_up_fsdp:
+                gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=1, tiled=True)
+            if layout.down_fsdp:
+                down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
+            if layout.gather_tokens:
+                x, weights, experts = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, experts))
+            local = gate_up.shape[0]
+            if layout.experts:
+                experts = experts - jax.lax.axis_index("expert") * local
+                experts = jnp.where((experts >= 0) & (experts < local), experts, local)
+            rows, order, group_sizes = dispatch(x, experts, local)
+        with jax.named_scope("experts"):
+            rows = KERNELS[self.backend.experts](rows, gate_up, down, group_sizes)
+        with jax.named_scope("combine"):
+            y = combine(rows, order, weights)
+            if layout.tensor:
+                y = jax.lax.psum(y, "tensor")
+            if layout.gather_tokens:
+                y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+            elif layout.experts:
+                y = jax.lax.psum(y, "expert")
+        return y.reshape(x_BTD.shape), stats
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which mesh axes split what inside the block, read off the fitted specs."""
+
+    token_axes: tuple[str, ...] = ()
+    experts: bool = False
+    tensor: bool = False
+    gate_up_fsdp: bool = False
+    down_fsdp: bool = False
+
+    @property
+    def gather_tokens(self) -> bool:
+        """Tokens and experts are both spread over `expert`: every expert needs to see every token of the axis."""
+        return self.experts and "expert" in self.token_axes
+
+    @classmethod
+    def of(cls, tokens: P, gate_up: P, down: P) -> _Layout:
+        def axes(entry: Any) -> tuple[str, ...]:
+            return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+        return cls(
+            token_axes=axes(tokens[0]) + axes(tokens[1]),
+            experts="expert" in axes(gate_up[0]),
+            tensor="tensor" in axes(gate_up[3]),
+            gate_up_fsdp="fsdp" in axes(gate_up[1]),
+            down_fsdp="fsdp" in axes(down[2]),
+        )

@@ -1,0 +1,21 @@
+"""What the backward pass recomputes instead of keeping: one decision for the text and the vision scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+from qvlmoe_jax.backend import BackendConfig
+
+BodyT = TypeVar("BodyT", bound=Callable)
+
+
+def rematerialised(body: BodyT, backend: BackendConfig) -> BodyT:
+    """The scan body under `backend.remat`: as it is, recomputed whole, or with only its matrix products kept."""
+    if backend.remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if backend.remat == "dots" else None
+    # A scan body needs no CSE barrier: the loop already keeps forward and backward apart.
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)

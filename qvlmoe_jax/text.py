@@ -1,0 +1,209 @@
+"""The text decoder: grouped attention with qk-norm and M-RoPE, MoE or dense layers, DeepStack after the first K of them.
+
+B batch, T length, D hidden, N query heads, K kv heads, H head dim, F MLP width, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qvlmoe_jax.attention import attention
+from qvlmoe_jax.backend import BackendConfig
+from qvlmoe_jax.config import LayerKind, Qwen3VLMoeTextConfig
+from qvlmoe_jax.experts import swiglu
+from qvlmoe_jax.layer_plan import Run, plan_layers, slots
+from qvlmoe_jax.layers import Embed, Linear, RMSNorm, stack, truncated_normal
+from qvlmoe_jax.moe import Qwen3VLMoeTextSparseMoeBlock, RouterStats
+from qvlmoe_jax.remat import rematerialised
+from qvlmoe_jax.rope import rotate, text_rotary
+from qvlmoe_jax.sharding import BATCH, constrain
+
+
+class Qwen3VLMoeTextAttention(nnx.Module):
+    """Causal attention; q and k are normed per head BEFORE the rotation (MOE 219-297)."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        init = truncated_normal(config.initializer_range, 2.0)
+        self.backend = backend
+        self.q_proj = Linear("BTD,DNH->BTNH", (D, N, H), init=init, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear("BTD,DKH->BTKH", (D, K, H), init=init, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear("BTD,DKH->BTKH", (D, K, H), init=init, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear("BTNH,NHD->BTD", (N, H, D), init=init, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype)
+        self.k_norm = RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype)
+
+    def __call__(self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> jax.Array:
+        q = rotate(self.q_norm(self.q_proj(x_BTD)), *rotary)
+        k = rotate(self.k_norm(self.k_proj(x_BTD)), *rotary)
+        v = self.v_proj(x_BTD)
+        # Under context parallelism queries stay where they are; keys and values are gathered.
+        q = constrain(q, BATCH, "context", "tensor", None)
+        k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
+        return self.o_proj(attention(q, k, v, segment_ids=segment_ids, causal=True, backend=self.backend))
+
+
+class Qwen3VLMoeTextMLP(nnx.Module):
+    """Dense SwiGLU of width `intermediate_size`, for layers without experts."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        init = truncated_normal(config.initializer_range, 2.0)
+        self.gate_proj = Linear("BTD,DF->BTF", (D, F), init=init, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear("BTD,DF->BTF", (D, F), init=init, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear("BTF,FD->BTD", (F, D), init=init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Qwen3VLMoeTextDecoderLayer(nnx.Module):
+    """`x [B,T,D]` plus attention, plus MLP; `(x, RouterStats | None)` out (None for a dense layer)."""
+
+    def __init__(
+        self, config: Qwen3VLMoeTextConfig, kind: LayerKind, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Qwen3VLMoeTextAttention(config, backend=backend, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = (
+            Qwen3VLMoeTextSparseMoeBlock(config, backend=backend, dtype=dtype, rngs=rngs)
+            if kind == "moe"
+            else Qwen3VLMoeTextMLP(config, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(
+        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array
+    ) -> tuple[jax.Array, RouterStats | None]:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, segment_ids)
+        normed = self.post_attention_layernorm(x)
+        y, stats = self.mlp(normed, segment_ids > 0) if isinstance(self.mlp, Qwen3VLMoeTextSparseMoeBlock) else (self.mlp(normed), None)
+        return constrain(x + y, BATCH, "context", None), stats
+
+
+class TextOutput(NamedTuple):
+    """What the decoder returns: last hidden state `[B,T,D]` (normed), router sums `[L_moe,...]` or None, and
+    `[L+1,B,T,D]` hidden states as HF reports them (embeddings, each layer before its DeepStack addition, the last one normed) or None."""
+
+    last_hidden_state: jax.Array
+    router_stats: RouterStats | None
+    hidden_states: jax.Array | None
+
+
+def broadcast_positions(position_ids: jax.Array | None, batch: int, length: int) -> jax.Array:
+    """Positions as `[3,B,T]` from any rank HF takes: None (arange), `[B,T]`, `[3,B,T]`, or `[4,B,T]` whose text row is dropped."""
+    if position_ids is None:
+        position_ids = jnp.arange(length, dtype=jnp.int32)[None]
+    if position_ids.ndim == 2:
+        position_ids = position_ids[None]
+    if position_ids.shape[0] == 4:
+        position_ids = position_ids[1:]
+    return jnp.broadcast_to(position_ids, (3, batch, length))
+
+
+class Qwen3VLMoeTextModel(nnx.Module):
+    """Embeddings, the stacked layers, the final norm.
+
+    Attributes:
+      layers: one stacked `Qwen3VLMoeTextDecoderLayer` when all layers share a body, else an `nnx.Dict` of them keyed by
+        the first layer each holds (see `layer_plan`).
+    """
+
+    def __init__(self, config: Qwen3VLMoeTextConfig, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config, self.backend = config, backend
+        self.embed_tokens = Embed(
+            (config.vocab_size, config.hidden_size), init=jax.nn.initializers.normal(1.0), dtype=dtype, rngs=rngs
+        )
+        made = {
+            slot.name: stack(
+                lambda keys, kind=slot.kind: Qwen3VLMoeTextDecoderLayer(config, kind, backend=backend, dtype=dtype, rngs=keys),
+                slot.repeats,
+                rngs,
+            )
+            for slot in slots(config)
+        }
+        self.layers = made[""] if "" in made else nnx.Dict(made)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deepstack: jax.Array | None = None,
+        output_hidden_states: bool = False,
+    ) -> TextOutput:
+        """
+        Args:
+          input_ids `[B,T]` or inputs_embeds `[B,T,D]`: exactly one of them.
+          position_ids: any rank `broadcast_positions` takes. segment_ids: `[B,T]`, 0 = padding; None = one document.
+          deepstack: `[K,B,T,D]`, zero at text columns; level k is added after layer k.
+        Raises:
+          ValueError: both or neither of input_ids and inputs_embeds.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = constrain(x, BATCH, "context", None)
+        B, T, _ = x.shape
+        if segment_ids is None:
+            segment_ids = jnp.ones((B, T), jnp.int32)
+        config = self.config
+        with jax.named_scope("rotary"):
+            rotary = text_rotary(
+                broadcast_positions(position_ids, B, T),
+                head_dim=config.head_dim,
+                theta=config.rope_theta,
+                mrope_section=config.mrope_section,
+                dtype=x.dtype,
+            )
+        hidden, stats = [x[None]], []
+        for run in plan_layers(config.layer_kinds()):
+            x, (run_hidden, run_stats) = self._scan(run, x, rotary, segment_ids, deepstack, output_hidden_states)
+            hidden.append(run_hidden)
+            stats.append(run_stats)
+        x = self.norm(x)
+        stats = [s for s in stats if s is not None]
+        return TextOutput(
+            x,
+            jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None,
+            jnp.concatenate([jnp.concatenate(hidden)[:-1], x[None]]) if output_hidden_states else None,
+        )
+
+    def _scan(
+        self,
+        run: Run,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array,
+        deepstack: jax.Array | None,
+        output_hidden_states: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array | None, RouterStats | None]]:
+        """Runs the run's layers in order. Returns x, then hidden states and router sums with the layer as leading dim."""
+        levels = 0 if deepstack is None else deepstack.shape[0]
+
+        def body(x: jax.Array, step: tuple[jax.Array, list[Qwen3VLMoeTextDecoderLayer]]):
+            index, layers = step
+            hidden, stats = [], []
+            for slot, layer in zip(run.slots, layers, strict=True):
+                x, layer_stats = layer(x, rotary, segment_ids)
+                hidden.append(x)
+                stats.append(layer_stats)
+                if slot.first < levels:
+                    number = slot.first + index * slot.period
+                    x = x + jnp.where(number < levels, deepstack[jnp.minimum(number, levels - 1)], 0)
+            stats = [s for s in stats if s is not None]
+            collected = jnp.stack(hidden) if output_hidden_states else None
+            return x, (collected, jax.tree.map(lambda *a: jnp.stack(a), *stats) if stats else None)
+
+        layers = [self.layers[slot.name] if slot.name else self.layers for slot in run.slots]
+        x, outputs = jax.lax.scan(rematerialised(body, self.backend), x, (jnp.arange(run.repeats), layers))
+        # [repeats, period, ...] -> [layers, ...]
+        return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)

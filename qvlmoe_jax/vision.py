@@ -1,0 +1,165 @@
+"""The vision tower: patches in, one merged visual token per 2x2 block out, and the DeepStack features taken on the way.
+
+R vision rows, P patches per row, W numbers per patch, D vision width, N heads, H head dim, F MLP width, U patches per merged
+token, M = R*P/U merged tokens, K DeepStack taps. Patches arrive merge-block-major, so a merged token is U neighbours.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qvlmoe_jax.attention import attention
+from qvlmoe_jax.backend import BackendConfig
+from qvlmoe_jax.config import Qwen3VLMoeVisionConfig
+from qvlmoe_jax.layers import Embed, LayerNorm, Linear, stack
+from qvlmoe_jax.remat import rematerialised
+from qvlmoe_jax.rope import rotate, vision_rotary
+
+
+class Qwen3VLMoeVisionAttention(nnx.Module):
+    """Bidirectional attention within each frame; fused qkv with bias; rotation in float32 (MOE 488-562)."""
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, N, H = config.hidden_size, config.num_heads, config.head_dim
+        init = jax.nn.initializers.normal(config.initializer_range)
+        self.backend = backend
+        self.qkv = Linear("RPD,DCNH->RPCNH", (D, 3, N, H), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+        self.proj = Linear("RPNH,NHD->RPD", (N, H, D), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+
+    def __call__(self, x_RPD: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> jax.Array:
+        q, k, v = jnp.unstack(self.qkv(x_RPD), axis=2)
+        q, k = (rotate(a.astype(jnp.float32), *rotary).astype(v.dtype) for a in (q, k))
+        return self.proj(attention(q, k, v, segment_ids=segment_ids, causal=False, backend=self.backend))
+
+
+class Qwen3VLMoeVisionMLP(nnx.Module):
+    """fc1, tanh GELU, fc2 (the mergers use the exact GELU instead)."""
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        init = jax.nn.initializers.normal(config.initializer_range)
+        self.linear_fc1 = Linear("RPD,DF->RPF", (D, F), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+        self.linear_fc2 = Linear("RPF,FD->RPD", (F, D), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
+
+
+class Qwen3VLMoeVisionBlock(nnx.Module):
+    """Pre-norm block: `x [R,P,D]` plus attention, plus MLP."""
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(config.hidden_size, dtype=dtype)
+        self.norm2 = LayerNorm(config.hidden_size, dtype=dtype)
+        self.attn = Qwen3VLMoeVisionAttention(config, backend=backend, dtype=dtype, rngs=rngs)
+        self.mlp = Qwen3VLMoeVisionMLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x), rotary, segment_ids)
+        return x + self.mlp(self.norm2(x))
+
+
+class Qwen3VLMoeVisionPatchMerger(nnx.Module):
+    """U neighbouring patches -> one token of the text's width: `[..., P, D] -> [..., P/U, out]` (MOE 644-660).
+
+    The main merger norms each patch and then joins; DeepStack mergers (`use_postshuffle_norm`) join and then norm over U*D.
+    """
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig, *, use_postshuffle_norm: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.hidden_size * config.merge_unit
+        init = jax.nn.initializers.normal(config.initializer_range)
+        self.use_postshuffle_norm, self.merge_unit = use_postshuffle_norm, config.merge_unit
+        self.norm = LayerNorm(width if use_postshuffle_norm else config.hidden_size, dtype=dtype)
+        self.linear_fc1 = Linear("...D,DF->...F", (width, width), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+        self.linear_fc2 = Linear("...F,FD->...D", (width, config.out_hidden_size), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.use_postshuffle_norm:
+            x = self.norm(x)
+        x = x.reshape(*x.shape[:-2], x.shape[-2] // self.merge_unit, -1)
+        if self.use_postshuffle_norm:
+            x = self.norm(x)
+        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
+
+
+class Qwen3VLMoeVisionPatchEmbed(nnx.Module):
+    """A convolution whose kernel is its stride is one product per flattened patch: `[R,P,W] -> [R,P,D]`."""
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.proj = Linear(
+            "RPW,WD->RPD",
+            (config.patch_width, config.hidden_size),
+            init=jax.nn.initializers.normal(config.initializer_range),
+            dtype=dtype,
+            rngs=rngs,
+            use_bias=True,
+        )
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        return self.proj(pixel_values.astype(self.proj.weight.dtype))
+
+
+class Qwen3VLMoeVisionModel(nnx.Module):
+    """The whole tower.
+
+    Attributes:
+      blocks: ONE block whose parameters are stacked over depth.
+      deepstack_merger_list: ONE merger stacked over `deepstack_visual_indexes`, in that list's order; None without taps.
+    """
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config, self.backend = config, backend
+        init = jax.nn.initializers.normal(config.initializer_range)
+        self.patch_embed = Qwen3VLMoeVisionPatchEmbed(config, dtype=dtype, rngs=rngs)
+        self.pos_embed = Embed((config.num_position_embeddings, config.hidden_size), init=init, dtype=dtype, rngs=rngs)
+        self.blocks = stack(
+            lambda keys: Qwen3VLMoeVisionBlock(config, backend=backend, dtype=dtype, rngs=keys), config.depth, rngs
+        )
+        self.merger = Qwen3VLMoeVisionPatchMerger(config, use_postshuffle_norm=False, dtype=dtype, rngs=rngs)
+        taps = len(config.deepstack_visual_indexes)
+        self.deepstack_merger_list = (
+            stack(lambda keys: Qwen3VLMoeVisionPatchMerger(config, use_postshuffle_norm=True, dtype=dtype, rngs=keys), taps, rngs)
+            if taps
+            else None
+        )
+
+    def embed(self, pixel_values: jax.Array, pos_index: jax.Array, pos_weight: jax.Array) -> jax.Array:
+        """Patch embeddings plus the learned table, interpolated by 4 taps: weights and sum in float32, then one cast."""
+        x = self.patch_embed(pixel_values)
+        positions = jnp.sum(self.pos_embed(pos_index).astype(jnp.float32) * pos_weight[..., None], axis=-2)
+        return x + positions.astype(x.dtype)
+
+    def __call__(
+        self, pixel_values: jax.Array, segment_ids: jax.Array, coords: jax.Array, pos_index: jax.Array, pos_weight: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """
+        Args:
+          pixel_values: `[R,P,W]`; segment_ids: `[R,P]`, one per frame, 0 = padding; coords: `[R,P,2]`;
+          pos_index, pos_weight: `[R,P,4]`. All as `Batch` holds them, for one group.
+        Returns:
+          visual tokens `[R,P/U,out]` and DeepStack features `[K,R,P/U,out]`, in BLOCK order whatever the list's order.
+        """
+        x = self.embed(pixel_values, pos_index, pos_weight)
+        rotary = vision_rotary(coords, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+        taps = self.config.deepstack_visual_indexes
+
+        def body(x: jax.Array, block: Qwen3VLMoeVisionBlock) -> tuple[jax.Array, None]:
+            return block(x, rotary, segment_ids), None
+
+        body = rematerialised(body, self.backend)
+
+        def run(x: jax.Array, start: int, end: int) -> jax.Array:
+            return jax.lax.scan(body, x, jax.tree.map(lambda p: p[start:end], self.blocks))[0] if start < end else x
+
+        # The scan is cut at the taps: collecting every block's output to pick K of them would cost depth/K times the memory.
+        features, start = [], 0
+        for tap in sorted(taps):
+            x, start = run(x, start, tap + 1), tap + 1
+            merger = jax.tree.map(lambda p, i=taps.index(tap): p[i], self.deepstack_merger_list)
+            features.append(merger(x))
+        tokens = self.merger(run(x, start, self.config.depth))
+        deepstack = jnp.stack(features) if features else jnp.zeros((0, *tokens.shape), tokens.dtype)
+        return tokens, deepstack
