@@ -24,8 +24,8 @@ def hub_235b() -> dict[str, Any]:
     """Qwen3-VL-235B-A22B: the 30B's file with the facts that differ."""
     return edited(
         hub_30b(),
-        text=dict(hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_attention_heads=64, num_hidden_layers=94),
-        vision=dict(out_hidden_size=4096),
+        text={"hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_attention_heads": 64, "num_hidden_layers": 94},
+        vision={"out_hidden_size": 4096},
     )
 
 

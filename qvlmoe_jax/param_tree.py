@@ -1,0 +1,32 @@
+"""The parameter tree as nested dicts, and as a flat dict of '/'-joined paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def nest(flat: Mapping[str, T]) -> dict[str, Any]:
+    """`{"a/b": x}` -> `{"a": {"b": x}}`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The inverse of `nest`; keys that are numbers become their digits."""
+    flat: dict[str, Any] = {}
+    for name, node in tree.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        if isinstance(node, Mapping):
+            flat.update(flatten(node, path))
+        else:
+            flat[path] = node
+    return flat

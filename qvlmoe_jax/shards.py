@@ -1,0 +1,165 @@
+"""A Hugging Face directory's weight files: one `model.safetensors`, or shards named by `model.safetensors.index.json`.
+
+Which files may be read. An index names files of its own directory only. A symbolic link is followed if it stays inside the
+directory, or, where the directory is a hub cache's `snapshots/REVISION`, if it ends in the sibling `blobs`, which is how that
+cache is laid out. So a downloaded index or link cannot make the converter read another file of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_file, map_tensor, parse_json, read_header, write_safetensors
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def local_file(directory: Path, name: str) -> Path:
+    """`directory/name`, once it is known to stay inside by the rule above.
+
+    Raises:
+      CheckpointError: `name` is not a plain relative path, the link escapes, or no regular file is there.
+    """
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or "\\" in name:
+        raise CheckpointError(f"{directory}: file name {name!r} points outside the directory, expected a name inside it")
+    root = directory.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    path = directory / name
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise CheckpointError(f"{path}: cannot be resolved ({error}), expected a regular file") from None
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{path}: a link to {target}, outside the directory; expected a file inside it, copy it there")
+    if not target.is_file():
+        raise CheckpointError(f"{path}: not found, expected a regular file; download it again")
+    return path
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    path = local_file(directory, INDEX_FILE)
+    index = parse_json(path.read_bytes(), str(path))
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path}: no usable weight_map, expected an object of tensor name -> file name")
+    return weight_map
+
+
+def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
+    weight_map = _read_index(directory)
+    index = directory / INDEX_FILE
+    tensors: dict[str, TensorInfo] = {}
+    # every shard's presence is checked before any header is read
+    paths = {name: local_file(directory, name) for name in sorted(set(weight_map.values()))}
+    for name, path in paths.items():
+        for key, info in read_header(path).items():
+            if key in tensors:
+                raise CheckpointError(f"{path}: tensor {key!r} is also in {tensors[key].file.name}, expected it in one shard")
+            tensors[key] = info
+    for key, info in tensors.items():
+        if key not in weight_map:
+            raise CheckpointError(f"{info.file}: tensor {key!r} is not in {INDEX_FILE}, expected every tensor to be listed there")
+        if paths[weight_map[key]] != info.file:
+            raise CheckpointError(f"{index}: tensor {key!r} is said to be in {weight_map[key]}, but it is in {info.file.name}")
+    for key, name in weight_map.items():
+        if key not in tensors:
+            raise CheckpointError(f"{index}: tensor {key!r} is said to be in {name}, which does not hold it; download {name} again")
+    return tensors
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    expected = f"expected {SINGLE_FILE} or {INDEX_FILE} with its shards"
+    names = sorted(path.name for path in directory.iterdir())
+    if not names:
+        return CheckpointError(f"{directory}: empty directory, {expected}")
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
+    if pickles:
+        return CheckpointError(
+            f"{directory}: only pickled weights ({_listed(pickles)}), which can run code when opened and are never read here; {expected}"
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    return CheckpointError(f"{directory}: {f'found {_listed(others)}' if others else 'no weights'}, {expected}")
+
+
+class SafetensorsCheckpoint:
+    """The tensors of a directory, all headers checked when it is opened, data read when an array is used.
+
+    Attributes:
+      directory: where the files lie.
+      tensors: name -> place, dtype and shape.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Raises CheckpointError, naming the file or key, if the directory is incomplete, damaged or contradicts its index."""
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: not a directory, expected one with {SINGLE_FILE} or {INDEX_FILE}")
+        single, index = (self.directory / name for name in (SINGLE_FILE, INDEX_FILE))
+        has_single, has_index = single.exists() or single.is_symlink(), index.exists() or index.is_symlink()
+        if has_single and has_index and set(_read_index(self.directory).values()) != {SINGLE_FILE}:
+            raise CheckpointError(f"{self.directory}: both {SINGLE_FILE} and {INDEX_FILE} with other shards, expected one; remove the stale one")
+        if has_index:
+            self.tensors = _read_sharded(self.directory)
+        elif has_single:
+            self.tensors = read_header(local_file(self.directory, SINGLE_FILE))
+        else:
+            raise _no_weights(self.directory)
+        self._mapped: dict[Path, mmap.mmap] = {}
+
+    def array(self, key: str) -> np.ndarray:
+        """A read-only view of one tensor in its memory-mapped file."""
+        info = self.tensors[key]
+        if info.file not in self._mapped:
+            self._mapped[info.file] = map_file(info.file)
+        return map_tensor(self._mapped[info.file], info)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, sorted."""
+        return tuple(sorted({info.file for info in self.tensors.values()}))
+
+
+def write_shards(
+    directory: str | Path, specs: Mapping[str, TensorSpec], read: Callable[[str], np.ndarray], *, max_shard_bytes: int
+) -> None:
+    """Writes tensors in the order of `specs` as the hub does: one file if they fit, else shards and an index.
+
+    Args:
+      directory: exists.
+      specs: name -> (dtype, shape).
+      read: gives each tensor when its turn comes; one is in memory at a time.
+      max_shard_bytes: of a file's data; a larger tensor gets a file of its own.
+    """
+    directory = Path(directory)
+    sizes = {key: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for key, (dtype, shape) in specs.items()}
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for key, size in sizes.items():
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(key)
+        filled += size
+    count = len(groups)
+    if count == 1:
+        write_safetensors(directory / SINGLE_FILE, specs, read)
+        return
+    weight_map = {}
+    for i, keys in enumerate(groups):
+        name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        write_safetensors(directory / name, {key: specs[key] for key in keys}, read)
+        weight_map.update(dict.fromkeys(keys, name))
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
