@@ -35,7 +35,7 @@ def patchify(image: Image.Image, settings: dict[str, Any]) -> tuple[np.ndarray, 
     """`pixel_values [patches, C*T*p*p]` and `image_grid_thw [1, 3]` of one picture.
 
     Rows come merge block by merge block: (h//m, w//m, m, m). Horizontal and vertical resizing are two calls because Pillow 13
-    changed their order inside one, by up to 25 grey levels.
+    chooses their order inside one by the size, earlier releases did not.
 
     Args:
       settings: the content of `preprocessor_config.json`.
