@@ -1,0 +1,51 @@
+# Every chore in one word; `make` lists them. Each word makes the environment it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+RUN := $(VENV)/bin/python
+OUT ?= demo_out
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow soak lint figure clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*  ## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo "PYTHON=$(PYTHON) (3.11 or newer) makes the environment, VENV=$(VENV) is where it lives."
+
+demo: $(VENV)/.installed  ## build a small checkpoint, convert it, ask about a picture, print the parity with transformers
+	$(RUN) examples/demo.py --out $(OUT)
+
+test: $(VENV)/.installed-test  ## the tests that take seconds each
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.installed-test  ## the tests that take minutes each
+	$(RUN) -m pytest -m slow
+
+soak: $(VENV)/.installed-test  ## hundreds of cases; the log stays in docs/soak.log
+	$(RUN) -m pytest -m soak --verbose | tee docs/soak.log
+
+lint: $(VENV)/.installed-test  ## ruff and pyright
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+figure: $(VENV)/.installed-test  ## measure again and redraw the figure of the README
+	$(RUN) -m pip install --quiet --editable '.[plot]'
+	$(RUN) docs/plot_parity.py
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf $(VENV) $(OUT) build dist *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "make: $(PYTHON) is Python %d.%d, expected 3.11 or newer; name another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are as old as the installation: a change of pyproject.toml installs again.
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	@touch $(VENV)/.installed $@
