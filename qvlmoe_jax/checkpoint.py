@@ -1,4 +1,4 @@
-"""Opening a model directory, Hugging Face's or a converted one, as jax arrays of any dtype and sharding.
+"""Opening a model directory, Hugging Face's or a converted one, as jax arrays of any dtype and sharding; saving one in HF's form.
 
 A converted directory holds `conversion.json` (where it came from) and `checkpoint/` (Orbax, keys of the parameter tree); a Hugging
 Face directory holds `config.json` and safetensors, and is read in place.
@@ -6,19 +6,24 @@ Face directory holds `config.json` and safetensors, and is read in place.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.hf import TABLE_VERSION, param_shapes
-from qvlmoe_jax.hf_weights import HFWeights, check_shapes
-from qvlmoe_jax.param_tree import flatten, nest
-from qvlmoe_jax.safetensors_io import parse_json
+from qvlmoe_jax.hf import TABLE_VERSION, expand, param_shapes
+from qvlmoe_jax.hf_weights import HFWeights
+from qvlmoe_jax.param_tree import check_shapes, flatten, nest
+from qvlmoe_jax.safetensors_io import DTYPE_NAMES, parse_json
+from qvlmoe_jax.shards import write_shards
+from qvlmoe_jax.whole_directory import whole_directory
 
 if TYPE_CHECKING:
     import jax
@@ -90,27 +95,35 @@ def open_weights(directory: str | Path) -> Weights:
     return ConvertedWeights(directory) if (directory / CONVERSION_FILE).exists() else HFWeights(directory)
 
 
-def abstract_params(
-    weights: Weights, *, dtype: Any = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+def load_params(
+    directory: str | Path, config: Qwen3VLMoeConfig, *, dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> dict[str, Any]:
-    """The parameter tree as `jax.ShapeDtypeStruct`s, a target for `load_params`.
+    """A model directory's parameters: nested dicts of jax arrays, sharded by the one table when there is a mesh.
 
     Args:
+      directory: a Hugging Face checkpoint or a converted one.
+      config: the model's; the directory must hold its tree.
       dtype: of every parameter; None keeps each one's own.
-      shardings: '/'-joined path -> sharding; None leaves the arrays on the default device.
+      mesh: None leaves the arrays on the default device.
+    Raises:
+      CheckpointError, ConfigError: what is wrong with the directory, by file or key.
     """
     import jax
 
-    return nest({
-        path: jax.ShapeDtypeStruct(shape, dtype or weights.dtypes[path], sharding=(shardings or {}).get(path))
-        for path, shape in weights.shapes.items()
+    from qvlmoe_jax.sharding import tree_shardings
+
+    weights = open_weights(directory)
+    check_shapes(str(directory), param_shapes(config), weights.shapes)
+    target = nest({
+        path: jax.ShapeDtypeStruct(shape, weights.dtypes[path] if dtype is None else dtype) for path, shape in weights.shapes.items()
     })
+    if mesh is not None:
+        target = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), target, tree_shardings(target, mesh))
+    return load_tree(weights, target)
 
 
-def load_params(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the whole parameter tree.
-
-    Each process reads only the slices its devices hold.
+def load_tree(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the whole parameter tree as `target` asks. Each process reads only the slices its devices hold.
 
     Args:
       target: nested dicts of `jax.ShapeDtypeStruct`, with or without a sharding; the values are cast to its dtypes.
@@ -150,3 +163,50 @@ def _restore(weights: ConvertedWeights, flat: Mapping[str, jax.ShapeDtypeStruct]
         return ocp.load(str(path.resolve()), nest(abstract))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: Orbax cannot restore it ({_first_line(error)}); convert the source again") from error
+
+
+def _hf_config(config: Qwen3VLMoeConfig, dtype: np.dtype) -> dict[str, Any]:
+    """config.json with the dtype the weights really have (transformers loads in the one it finds there)."""
+    out = config.to_hf()
+    out.pop("torch_dtype", None)
+    out["dtype"] = dtype.name
+    for section in (out["text_config"], out["vision_config"]):
+        for key in ("dtype", "torch_dtype"):
+            if key in section:
+                section[key] = dtype.name
+    return out
+
+
+def save_hf(
+    directory: str | Path, config: Qwen3VLMoeConfig, params: Mapping[str, Any], *, max_shard_size: int = 5 * 10**9
+) -> None:
+    """Writes config.json and safetensors in the hub's layout; the directory appears whole or not at all.
+
+    Args:
+      directory: new, or empty.
+      params: the parameter tree (nested dicts of jax or numpy arrays, all of it addressable from this process).
+      max_shard_size: bytes of one file's data.
+    Raises:
+      CheckpointError: the directory is in use, or `params` does not match `config`.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory}: exists and is not an empty directory, expected a new one; remove it or choose another")
+    flat = flatten(params)
+    rows = expand(config)
+    check_shapes("the parameters to save", param_shapes(config), {path: tuple(leaf.shape) for path, leaf in flat.items()})
+    by_key = {row.key: row for row in rows}
+    specs = {row.key: (np.dtype(flat[row.path].dtype), row.hf_shape) for row in rows}
+    for key, (dtype, _) in specs.items():
+        if dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{directory}: {key!r} is {dtype}, which safetensors cannot hold; cast it first")
+    common = Counter(dtype for dtype, _ in specs.values()).most_common(1)[0][0]
+
+    def tensor(key: str) -> np.ndarray:
+        row = by_key[key]
+        leaf = flat[row.path]
+        return row.to_hf(np.asarray(leaf[row.index] if row.index else leaf))
+
+    with whole_directory(directory, suffix=".saving") as staging:
+        write_shards(staging, specs, tensor, max_shard_bytes=max_shard_size)
+        (staging / "config.json").write_text(json.dumps(_hf_config(config, common), indent=2) + "\n", encoding="utf-8")

@@ -1,23 +1,16 @@
-"""Parameters straight from a Hugging Face directory, and back to one. Numpy only: arrays of any kind come and go as numpy."""
+"""Parameters straight from a Hugging Face directory, as numpy arrays: any slice of any of them, read when asked for."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, expand, param_shape, rows_by_path
+from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, param_shape, rows_by_path
 from qvlmoe_jax.hf_match import match
-from qvlmoe_jax.param_tree import flatten
-from qvlmoe_jax.safetensors_io import DTYPE_NAMES
-from qvlmoe_jax.shards import SafetensorsCheckpoint, local_file, write_shards
-from qvlmoe_jax.whole_directory import whole_directory
+from qvlmoe_jax.shards import SafetensorsCheckpoint, local_file
 
 COMPARED_BYTES = 1 << 26
 
@@ -77,65 +70,3 @@ class HFWeights:
                 place = tuple(at - start for at, (start, _) in zip(row.index, stacked, strict=True))
                 out[place] = row.to_param(self.files.array(row.key))[tuple(slice(*bound) for bound in inner)]
         return out
-
-
-def _hf_config(config: Qwen3VLMoeConfig, dtype: np.dtype) -> dict[str, Any]:
-    """config.json with the dtype the weights really have (transformers loads in the one it finds there)."""
-    out = config.to_hf()
-    out.pop("torch_dtype", None)
-    out["dtype"] = dtype.name
-    for section in (out["text_config"], out["vision_config"]):
-        for key in ("dtype", "torch_dtype"):
-            if key in section:
-                section[key] = dtype.name
-    return out
-
-
-def save_hf(
-    directory: str | Path, config: Qwen3VLMoeConfig, params: Mapping[str, Any], *, max_shard_bytes: int = 5_000_000_000
-) -> None:
-    """Writes config.json and safetensors in the hub's layout; the directory appears whole or not at all.
-
-    Args:
-      directory: new, or empty.
-      params: the parameter tree (nested dicts of jax or numpy arrays, all of it addressable from this process).
-      max_shard_bytes: of one file.
-    Raises:
-      CheckpointError: the directory is in use, or `params` does not match `config`.
-    """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists and is not an empty directory, expected a new one; remove it or choose another")
-    flat = flatten(params)
-    rows = expand(config)
-    check_shapes(str(directory), {path: param_shape(group) for path, group in rows_by_path(rows).items()},
-                 {path: tuple(leaf.shape) for path, leaf in flat.items()})
-    by_key = {row.key: row for row in rows}
-    specs = {row.key: (np.dtype(flat[row.path].dtype), row.hf_shape) for row in rows}
-    for key, (dtype, _) in specs.items():
-        if dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{directory}: {key!r} is {dtype}, which safetensors cannot hold; cast it first")
-    common = Counter(dtype for dtype, _ in specs.values()).most_common(1)[0][0]
-
-    def tensor(key: str) -> np.ndarray:
-        row = by_key[key]
-        leaf = flat[row.path]
-        return row.to_hf(np.asarray(leaf[row.index] if row.index else leaf))
-
-    with whole_directory(directory, suffix=".saving") as staging:
-        write_shards(staging, specs, tensor, max_shard_bytes=max_shard_bytes)
-        (staging / "config.json").write_text(json.dumps(_hf_config(config, common), indent=2) + "\n", encoding="utf-8")
-
-
-def check_shapes(where: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a parameter tree that is not the config's.
-
-    Raises:
-      CheckpointError: names the first parameters that are missing, unknown or of another shape.
-    """
-    for fault, paths in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
-        if paths:
-            raise CheckpointError(f"{where}: {len(paths)} {fault} parameters, first {min(paths)!r}; expected the tree config.json describes")
-    for path, shape in expected.items():
-        if found[path] != shape:
-            raise CheckpointError(f"{where}: parameter {path!r} has shape {list(found[path])}, expected {list(shape)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from qvlmoe_jax.errors import CheckpointError
+
 T = TypeVar("T")
 
 
@@ -30,3 +32,17 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[path] = node
     return flat
+
+
+def check_shapes(where: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a parameter tree that is not the config's.
+
+    Raises:
+      CheckpointError: names the first parameters that are missing, unknown or of another shape.
+    """
+    for fault, paths in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
+        if paths:
+            raise CheckpointError(f"{where}: {len(paths)} {fault} parameters, first {min(paths)!r}; expected the tree config.json describes")
+    for path, shape in expected.items():
+        if found[path] != shape:
+            raise CheckpointError(f"{where}: parameter {path!r} has shape {list(found[path])}, expected {list(shape)}")

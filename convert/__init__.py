@@ -1,0 +1,1 @@
+"""Converting checkpoints between Hugging Face safetensors and Orbax: `python -m convert --help`."""
