@@ -87,12 +87,13 @@ class Qwen3VLMoeTextConfig:
 
         hidden = read.number("hidden_size", int)
         heads = read.number("num_attention_heads", int)
-        kv_heads = read.number("num_key_value_heads", int, heads)
+        # null means "as many as queries"; a missing key would mean 16 or 32 by HF's class defaults: ask for it instead.
+        kv_heads = read.number("num_key_value_heads", int, heads if "num_key_value_heads" in section else None)
         if heads % kv_heads:
             raise ConfigError(
                 f"config.json: text_config.num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
             )
-        head_dim = read.number("head_dim", int, hidden // heads)
+        head_dim = read.number("head_dim", int, hidden // heads if moe else 128)  # HF's own defaults differ so
         if head_dim % 2:
             raise ConfigError(f"config.json: text_config.head_dim is {head_dim}, expected an even number (rotary pairs)")
         experts_key = "num_experts" if read.has("num_experts") else "num_local_experts"

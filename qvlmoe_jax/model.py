@@ -84,12 +84,14 @@ class Qwen3VLMoeModel(nnx.Module):
 
         inputs = [batch.pixel_values, batch.patch_segment_ids, batch.patch_coords, batch.pos_index, batch.pos_weight]
 
+        D = vision.out_hidden_size
+
         def tower() -> tuple[jax.Array, jax.Array]:
             tokens, deepstack = self.visual(*map(rows, inputs))
-            return tokens.reshape(G, M, -1).astype(dtype), deepstack.reshape(K, G, M, -1).astype(dtype)
+            return tokens.reshape(G, M, D).astype(dtype), deepstack.reshape(K, G, M, D).astype(dtype)
 
         def nothing() -> tuple[jax.Array, jax.Array]:
-            return jnp.zeros((G, M, vision.out_hidden_size), dtype), jnp.zeros((K, G, M, vision.out_hidden_size), dtype)
+            return jnp.zeros((G, M, D), dtype), jnp.zeros((K, G, M, D), dtype)
 
         tokens, deepstack = jax.lax.cond(jnp.any(batch.patch_segment_ids > 0), tower, nothing)
         return constrain(tokens, BATCH, None, None), constrain(deepstack, None, BATCH, None, None)
@@ -105,7 +107,8 @@ class Qwen3VLMoeModel(nnx.Module):
                 tokens, features = self.visual_features(batch)
             with jax.named_scope("fusion"):
                 x = jnp.where((batch.visual_index >= 0)[..., None], gather_visual(tokens, batch.visual_index), x)
-                deepstack = jax.vmap(gather_visual, in_axes=(0, None))(features, batch.visual_index)
+                if features.shape[0]:
+                    deepstack = jax.vmap(gather_visual, in_axes=(0, None))(features, batch.visual_index)
         return self.language_model(
             inputs_embeds=x,
             position_ids=batch.position_ids,
