@@ -19,10 +19,10 @@ from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGenerati
 from qvlmoe_jax.model import gather_visual
 from qvlmoe_jax.param_tree import flatten
 from qvlmoe_jax.sharding import AXES, BATCH, TABLE, fit, make_mesh, partition_spec, shard_batch, table_row, tree_shardings
-from tests import cases, configs, ours, tiny, tolerances
+from tests import cases, hub_configs, ours, tiny, tolerances
 from tests.hf_checkpoints import random_hf_tensors
 
-REAL = {"30b": configs.hub_30b(), "235b": configs.hub_235b()}
+REAL = {"30b": hub_configs.hub_30b(), "235b": hub_configs.hub_235b()}
 COLLECTIVE = re.compile(r"= \S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)")
 MESHES = [
     {"fsdp": 8},
@@ -40,13 +40,13 @@ def _name(sizes: dict[str, int]) -> str:
 
 @pytest.mark.parametrize("name", [*REAL, "4b"])
 def test_every_leaf_hits_one_row(name: str) -> None:
-    config = REAL.get(name, configs.hub_4b())
+    config = REAL.get(name, hub_configs.hub_4b())
     for path, shape in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config)).items():
         assert len(table_row(path)) <= len(shape)
 
 
 def test_every_row_is_hit() -> None:
-    paths = [p for config in (configs.hub_30b(), configs.hub_4b()) for p in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config))]
+    paths = [p for config in (hub_configs.hub_30b(), hub_configs.hub_4b()) for p in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config))]
     for pattern, _ in TABLE:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
 
