@@ -209,15 +209,13 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         if not isinstance(config, Qwen3VLMoeConfig):
             config = Qwen3VLMoeConfig.from_hf(config)
 
-        def make(rngs: nnx.Rngs) -> Qwen3VLMoeForConditionalGeneration:
-            return cls(config, rngs=rngs, dtype=jnp.float32 if dtype is None else dtype, backend=backend)
+        def make(key: jax.Array) -> Qwen3VLMoeForConditionalGeneration:
+            return cls(config, rngs=nnx.Rngs(key), dtype=jnp.float32 if dtype is None else dtype, backend=backend)
 
-        if mesh is None:
-            return make(rngs)
         key = rngs.params()
-        abstract = jax.eval_shape(lambda key: make(nnx.Rngs(key)), key)
-        shardings = tree_shardings(abstract.params(), mesh)
-        return abstract.with_params(jax.jit(lambda key: make(nnx.Rngs(key)).params(), out_shardings=shardings)(key))
+        abstract = jax.eval_shape(make, key)
+        shardings = None if mesh is None else tree_shardings(abstract.params(), mesh)
+        return abstract.with_params(jax.jit(lambda key: make(key).params(), out_shardings=shardings)(key))
 
     @classmethod
     def abstract(

@@ -121,7 +121,7 @@ def far_positions(inputs: Inputs, start: int = 2**17 - 24) -> Inputs:
 
 
 CASES: dict[str, Callable[[dict[str, Any]], Inputs]] = {
-    "text": lambda c: build(c, [[Text(13)]], mask=False),
+    "text": lambda c: build(c, [[Text(13)], [Text(13)]], mask=False),
     "text_left_padded": lambda c: build(c, [[Text(9)], [Text(17)]], padding="left"),
     "image": lambda c: build(c, [[Text(3), Image(3, 5), Text(6)], [Text(5), Image(3, 4), Text(7)]], padding="right"),
     "smallest_image": lambda c: build(c, [[Text(2), Image(1, 1), Text(4)], [Image(1, 1), Text(6)]], mask=False),

@@ -1,4 +1,6 @@
-"""Set before jax is imported: the CPU, as eight devices (the sharding tests need a mesh)."""
+"""Set before jax is imported: the CPU, as eight devices (the sharding tests need a mesh). And a summary of measured errors."""
+
+from __future__ import annotations
 
 import os
 
@@ -6,8 +8,32 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a mistake
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import settings
 
 # The same examples on every run and machine: a red test is then a change of the code, not of the dice.
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tests")
+
+MEASURED = pytest.StashKey[dict[str, float]]()
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """`record(what, value)` keeps the largest value seen for the summary at the end of the run."""
+    values = request.config.stash.setdefault(MEASURED, {})
+
+    def keep(what: str, value: float) -> None:
+        values[what] = max(float(value), values.get(what, 0.0))
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    values = config.stash.get(MEASURED, {})
+    if values:
+        terminalreporter.section("measured")
+    for what, value in sorted(values.items()):
+        terminalreporter.write_line(f"{what:<60} {value:.2e}")

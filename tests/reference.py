@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import transformers
 
-torch.set_num_threads(2)  # more would fight with XLA's threads
+# Tensors here are tiny: a second thread gains nothing, and its spinning barriers cost a minute beside a busy neighbour.
+torch.set_num_threads(1)
 
 MODELS = {
     "qwen3_vl_moe": (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration),
