@@ -66,9 +66,12 @@ class ConvertedWeights:
 
         path = self.directory / CHECKPOINT_DIR
         try:
-            stored = flatten(ocp.metadata(str(path.resolve())).metadata)
+            tree = ocp.metadata(str(path.resolve())).metadata
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(path, error) from error
+        if not isinstance(tree, Mapping):  # Orbax logs what it could not read, and goes on
+            raise _unreadable(path, ValueError("its metadata cannot be read"))
+        stored = flatten(tree)
         check_shapes(str(path), self.shapes, {key: tuple(leaf.shape) for key, leaf in stored.items()})
         return {key: np.dtype(leaf.dtype) for key, leaf in stored.items()}
 

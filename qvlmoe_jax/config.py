@@ -339,7 +339,7 @@ class Qwen3VLMoeConfig:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{file}: not found; expected a Hugging Face checkpoint directory with a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an endless number, too deep
             raise ConfigError(f"{file}: not valid JSON ({error}); expected the checkpoint's configuration") from None
         return cls.from_hf(config)
 

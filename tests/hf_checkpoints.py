@@ -96,3 +96,8 @@ def write_raw(path: Path, header: Mapping[str, Any] | bytes, data: bytes, length
     """A safetensors file with any header, true or not; `length` is what it claims of itself."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory, byte for byte."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.hf import ExpertLayout, expand, param_shapes, rows_by_path
+from qvlmoe_jax.hf import ExpertLayout, expand, param_shapes
 from qvlmoe_jax.hf_weights import HFWeights
 from tests import tiny
 from tests.hf_checkpoints import random_hf_tensors, write_hf_checkpoint
@@ -37,11 +40,17 @@ def test_the_released_models_have_exactly_these_tensors(config: ConfigDict, tens
     assert sum(map(math.prod, param_shapes(parsed).values())) == parameters
 
 
+def test_the_documentation_lists_this_tree() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "checkpoint.md").read_text(encoding="utf-8")
+    listed = {path: json.loads(shape) for path, shape in re.findall(r"^\| `([^`]+)` \| (\[[^]]*\]) \|", text, re.MULTILINE)}
+    assert listed == {path: list(shape) for path, shape in param_shapes(Qwen3VLMoeConfig.from_hf(HUB_30B)).items()}
+
+
 @pytest.mark.parametrize("name", [*tiny.ALL, "30B-A3B", "4B", "235B-A22B"])
 def test_names_and_shapes_are_those_of_the_modules_of_transformers(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = {**tiny.ALL, "30B-A3B": HUB_30B, "4B": HUB_4B, "235B-A22B": HUB_235B}[name]
+    config = copy.deepcopy({**tiny.ALL, "30B-A3B": HUB_30B, "4B": HUB_4B, "235B-A22B": HUB_235B}[name])  # HF writes into it
     moe = config["model_type"] == "qwen3_vl_moe"
     config_class, model_class = (
         (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration)
@@ -85,7 +94,7 @@ def configs(draw: st.DrawFn) -> Qwen3VLMoeConfig:
 
 @given(configs(), st.sampled_from(("hub", "v5")))
 def test_the_table_is_a_bijection(config: Qwen3VLMoeConfig, layout: ExpertLayout) -> None:
-    """Every number of every tensor has one place in the tree, every place gets one number, and the way back undoes the way there."""
+    """Every number of every tensor has one place in the tree, every place gets one, and the way back undoes the way there."""
     rows = expand(config, layout)
     params = {path: np.full(shape, -1, np.int64) for path, shape in param_shapes(config).items()}
     start = 0
@@ -106,11 +115,11 @@ def test_the_table_is_a_bijection(config: Qwen3VLMoeConfig, layout: ExpertLayout
 def placed(config: ConfigDict, layout: ExpertLayout = "hub") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Random tensors by HF key, and the parameters the table makes of them."""
     tensors = random_hf_tensors(config, layout=layout)
-    groups = rows_by_path(expand(Qwen3VLMoeConfig.from_hf(config), layout))
-    return tensors, {
-        path: np.stack([row.to_param(tensors[row.key]) for row in rows]) if rows[0].index else rows[0].to_param(tensors[rows[0].key])
-        for path, rows in groups.items()
-    }
+    parsed = Qwen3VLMoeConfig.from_hf(config)
+    params = {path: np.empty(shape, np.float32) for path, shape in param_shapes(parsed).items()}
+    for row in expand(parsed, layout):
+        params[row.path][row.index] = row.to_param(tensors[row.key])
+    return tensors, params
 
 
 def test_orientation_of_every_kind_of_tensor() -> None:
@@ -142,7 +151,8 @@ def test_orientation_of_every_kind_of_tensor() -> None:
     kernel = tensors["model.visual.patch_embed.proj.weight"]
     close(patch.ravel() @ params["model/visual/patch_embed/proj/weight"], np.einsum("DCTHW,CTHW->D", kernel, patch))
     close(x @ params["lm_head/weight"], x @ tensors["lm_head.weight"].T)
-    np.testing.assert_array_equal(params["model/language_model/embed_tokens/weight"], tensors["model.language_model.embed_tokens.weight"])
+    embedding = tensors["model.language_model.embed_tokens.weight"]
+    np.testing.assert_array_equal(params["model/language_model/embed_tokens/weight"], embedding)
 
 
 def test_deepstack_mergers_keep_the_order_of_the_list() -> None:

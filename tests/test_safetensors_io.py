@@ -52,7 +52,8 @@ def test_the_package_reads_what_we_write(tmp_path: Path) -> None:
     tensors = one_of_each() | {"transposed": random_bits((4, 6), np.dtype(ml_dtypes.bfloat16)).T}
     path = tmp_path / "a.safetensors"
     write_safetensors(path, {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}, tensors.__getitem__)
-    found = {key: (view["dtype"], tuple(view["shape"]), bytes(view["data"])) for key, view in safetensors.deserialize(path.read_bytes())}
+    views = dict(safetensors.deserialize(path.read_bytes()))
+    found = {key: (view["dtype"], tuple(view["shape"]), bytes(view["data"])) for key, view in views.items()}
     assert found == {key: (DTYPE_NAMES[tensor.dtype], tensor.shape, tensor.tobytes()) for key, tensor in tensors.items()}
     with safetensors.safe_open(path, "np") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
