@@ -12,9 +12,11 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,25 +34,30 @@ GOLDEN = HERE / "golden.npz"
 GOLDEN_STRIDE = 16  # every 16th vocabulary entry is kept, and each position's logsumexp, to which all of them contribute
 BOUND = 1e-4
 
-Inputs = Mapping[str, np.ndarray]
+Inputs = Mapping[str, Any]  # name -> numpy array, under the names of Hugging Face's processor
+
+
+forward = jax.jit(lambda model, batch: model(batch).logits)
 
 
 def run_model(directory: Path, inputs: Inputs) -> tuple[np.ndarray, dict[str, float]]:
     """Logits `[T,V]` in float32, and seconds per phase."""
-    start = time.perf_counter()
+    times = [time.perf_counter()]
     model = Qwen3VLMoeForConditionalGeneration.from_pretrained(directory, dtype=jnp.float32)
     batch = Batch.from_hf(model.config, **inputs)
-    loaded = time.perf_counter()
-    forward = jax.jit(lambda model, batch: model(batch).logits).lower(model, batch).compile()
-    compiled = time.perf_counter()
+    times.append(time.perf_counter())
+    jax.block_until_ready(forward(model, batch))
+    times.append(time.perf_counter())
     logits = np.asarray(forward(model, batch))
-    done = time.perf_counter()
+    times.append(time.perf_counter())
     length = inputs["input_ids"].shape[1]  # the rest of the bucket is padding
-    return logits[0, :length], {"load": loaded - start, "compile": compiled - loaded, "forward": done - compiled}
+    return logits[0, :length], dict(zip(("load", "first forward", "second forward"), np.diff(times).tolist(), strict=True))
 
 
-def run_transformers(directory: Path, inputs: Inputs, dtype: str = "float32") -> np.ndarray:
-    """The reference logits `[T,V]`."""
+def run_transformers(
+    directory: Path, inputs: Inputs, dtype: str = "float32", modify: Callable[[Any, dict[str, Any]], None] | None = None
+) -> np.ndarray:
+    """The reference logits `[T,V]`. `modify(model, tensors)` may put in a bug first (docs/plot_parity.py does)."""
     import torch
     import transformers
 
@@ -60,9 +67,11 @@ def run_transformers(directory: Path, inputs: Inputs, dtype: str = "float32") ->
         directory, dtype=getattr(torch, dtype), experts_implementation="eager"
     )
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    image_token = tensors["input_ids"] == model.config.image_token_id
+    tensors["mm_token_type_ids"] = (tensors["input_ids"] == model.config.image_token_id).int()
+    if modify is not None:
+        modify(model, tensors)
     with torch.no_grad():
-        return model(**tensors, mm_token_type_ids=image_token.int(), use_cache=False).logits[0].numpy()
+        return model(**tensors, use_cache=False).logits[0].numpy()
 
 
 def logsumexp(logits: np.ndarray) -> np.ndarray:
@@ -105,7 +114,7 @@ def demo(out: Path, image_file: Path, question: str, rewrite_golden: bool) -> in
 
     command = [sys.executable, "-m", "convert", "hf2jax", str(source), str(converted), "--overwrite"]
     print(f"convert     $ python {' '.join(command[1:])}", flush=True)
-    subprocess.run(command, check=True)
+    print(textwrap.indent(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout, " " * 12), end="")
 
     with Image.open(image_file) as image:
         inputs, tokenizer = encode(source, image, question)
@@ -123,10 +132,9 @@ def demo(out: Path, image_file: Path, question: str, rewrite_golden: bool) -> in
     print("answer      next token, likeliest first (random weights: the words mean nothing, the numbers must agree)")
     last = {where: values[-1].astype(np.float64) for where, values in logits.items()}
     for token in np.argsort(-last["converted"])[:5]:
-        text = repr(tokenizer.decode([int(token)], skip_special_tokens=False))
         numbers = ", ".join(f"{values[token]:.6f} {where}" for where, values in last.items())
         probability = np.exp(last["converted"][token] - logsumexp(last["converted"][None])[0])
-        print(f"            {text:14} {probability:6.2%}   logit {numbers}")
+        print(f"            {token:3} {tokenizer.id_to_token(int(token))!r:12} {probability:6.2%}   logit {numbers}")
     for where, phases in seconds.items():
         print(f"seconds     {where}: " + ", ".join(f"{phase} {value:.2f}" for phase, value in phases.items()))
 
@@ -152,7 +160,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="where the two directories go (default: %(default)s)")
     parser.add_argument("--image", type=Path, default=IMAGE)
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--write-golden", action="store_true", help="store transformers' logits of the default picture (needs torch)")
+    parser.add_argument("--write-golden", action="store_true", help="store transformers' logits anew (needs torch)")
     args = parser.parse_args()
     try:
         return demo(args.out, args.image, args.question, args.write_golden)

@@ -105,6 +105,7 @@ def rope_section(read: SectionReader) -> dict[str, Any]:
 
 
 def read_rope_theta(read: SectionReader, rope: Mapping[str, Any], default: float) -> float:
+    """The rotary base under either spelling, flat or in the rotary dictionary; both may be present if they agree."""
     flat, nested = read.raw("rope_theta"), rope.get("rope_theta")
     if flat is not None and nested is not None and flat != nested:
         raise ConfigError(
