@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     hf2jax.add_argument(
         "--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="of the stored parameters (default: as in SRC)"
     )
-    hf2jax.add_argument("--overwrite", action="store_true", help="replace DST, once the new one is whole, if it is a converted directory")
+    hf2jax.add_argument("--overwrite", action="store_true", help="replace a converted DST once the new one is whole")
     hf2jax.set_defaults(run=_hf2jax)
     return parser
 

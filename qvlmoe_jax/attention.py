@@ -13,7 +13,13 @@ from qvlmoe_jax.layers import einsum
 
 
 def _attend(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_segments: jax.Array, segments: jax.Array, first: jax.Array, causal: bool
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_segments: jax.Array,
+    segments: jax.Array,
+    first: jax.Array,
+    causal: bool,
 ) -> jax.Array:
     """Softmax attention of one block of queries, the first of which is column `first`; scores and softmax in float32."""
     scores = jnp.einsum(

@@ -1,7 +1,7 @@
-"""Opening a model directory, Hugging Face's or a converted one, as jax arrays of any dtype and sharding; saving one in HF's form.
+"""Opening a model directory, Hugging Face's or a converted one, as jax arrays of any dtype and sharding; saving in HF's form.
 
-A converted directory holds `conversion.json` (where it came from) and `checkpoint/` (Orbax, keys of the parameter tree); a Hugging
-Face directory holds `config.json` and safetensors, and is read in place.
+A converted directory holds `conversion.json` (where it came from) and `checkpoint/` (Orbax, keys of the parameter tree). A
+Hugging Face directory holds `config.json` and safetensors, and is read in place.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class ConvertedWeights:
         """Raises CheckpointError or ConfigError if a part is missing or was written by another version of the table."""
         self.directory = Path(directory)
         file = self.directory / CONVERSION_FILE
-        if not (self.directory / CHECKPOINT_DIR).is_dir():
-            raise CheckpointError(f"{self.directory / CHECKPOINT_DIR}: not found, expected the Orbax checkpoint beside {CONVERSION_FILE}")
+        checkpoint = self.directory / CHECKPOINT_DIR
+        if not checkpoint.is_dir():
+            raise CheckpointError(f"{checkpoint}: not found, expected the Orbax checkpoint beside {CONVERSION_FILE}")
         self.config = Qwen3VLMoeConfig.from_json(self.directory)
         self.conversion = parse_json(file.read_bytes(), str(file))
         version = self.conversion.get("table_version") if isinstance(self.conversion, dict) else None
@@ -65,15 +66,19 @@ class ConvertedWeights:
 
         path = self.directory / CHECKPOINT_DIR
         try:
-            stored = flatten(ocp.metadata(str(path.resolve())).metadata)
+            tree = ocp.metadata(str(path.resolve())).metadata
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: not a readable Orbax checkpoint ({_first_line(error)}); convert the source again") from error
+            raise _unreadable(path, error) from error
+        if not isinstance(tree, Mapping):  # Orbax logs what it could not read, and goes on
+            raise _unreadable(path, ValueError("its metadata cannot be read"))
+        stored = flatten(tree)
         check_shapes(str(path), self.shapes, {key: tuple(leaf.shape) for key, leaf in stored.items()})
         return {key: np.dtype(leaf.dtype) for key, leaf in stored.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(f"{path}: expected a whole Orbax checkpoint, Orbax says: {first_line}; convert the source again")
 
 
 Weights = HFWeights | ConvertedWeights
@@ -114,9 +119,8 @@ def load_params(
 
     weights = open_weights(directory)
     check_shapes(str(directory), param_shapes(config), weights.shapes)
-    target = nest({
-        path: jax.ShapeDtypeStruct(shape, weights.dtypes[path] if dtype is None else dtype) for path, shape in weights.shapes.items()
-    })
+    dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.shapes, dtype)
+    target = nest({path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in weights.shapes.items()})
     if mesh is not None:
         target = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), target, tree_shardings(target, mesh))
     return load_tree(weights, target)
@@ -162,7 +166,7 @@ def _restore(weights: ConvertedWeights, flat: Mapping[str, jax.ShapeDtypeStruct]
     try:
         return ocp.load(str(path.resolve()), nest(abstract))
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: Orbax cannot restore it ({_first_line(error)}); convert the source again") from error
+        raise _unreadable(path, error) from error
 
 
 def _hf_config(config: Qwen3VLMoeConfig, dtype: np.dtype) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def save_hf(
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists and is not an empty directory, expected a new one; remove it or choose another")
+        raise CheckpointError(f"{directory}: exists and is not empty, expected a new directory; remove it or choose another")
     flat = flatten(params)
     rows = expand(config)
     check_shapes("the parameters to save", param_shapes(config), {path: tuple(leaf.shape) for path, leaf in flat.items()})

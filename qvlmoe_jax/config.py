@@ -23,7 +23,7 @@ LayerKind = Literal["moe", "dense"]
 
 @dataclass(frozen=True)
 class Qwen3VLMoeTextConfig:
-    """The text decoder. Fields carry HF's names; `head_dim` is never derived later, `mlp_only_layers` are 0-based."""
+    """The text decoder. Fields carry HF's names; `mlp_only_layers` are 0-based."""
 
     vocab_size: int
     hidden_size: int
@@ -49,7 +49,9 @@ class Qwen3VLMoeTextConfig:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """`"moe"` or `"dense"` per layer (MOE 303: not in mlp_only_layers, experts exist, every `decoder_sparse_step`-th)."""
         return tuple(
-            "moe" if i not in self.mlp_only_layers and self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0 else "dense"
+            "moe"
+            if i not in self.mlp_only_layers and self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0
+            else "dense"
             for i in range(self.num_hidden_layers)
         )
 
@@ -83,7 +85,9 @@ class Qwen3VLMoeTextConfig:
         section_values = rope.get("mrope_section")
         mrope_section = read.integers("mrope_section", value=section_values) if section_values is not None else (24, 20, 20)
         if len(mrope_section) != 3:
-            raise ConfigError(f"config.json: text_config mrope_section is {list(mrope_section)}, expected three numbers (T, H, W)")
+            raise ConfigError(
+                f"config.json: text_config mrope_section is {list(mrope_section)}, expected three numbers (T, H, W)"
+            )
 
         hidden = read.number("hidden_size", int)
         heads = read.number("num_attention_heads", int)
@@ -151,8 +155,15 @@ class Qwen3VLMoeTextConfig:
         if moe:
             out["norm_topk_prob"] = True
         else:
-            for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "mlp_only_layers",
-                        "decoder_sparse_step", "output_router_logits", "router_aux_loss_coef"):
+            for key in (
+                "num_experts",
+                "num_experts_per_tok",
+                "moe_intermediate_size",
+                "mlp_only_layers",
+                "decoder_sparse_step",
+                "output_router_logits",
+                "router_aux_loss_coef",
+            ):
                 out.pop(key)
         return dict(sorted(out.items()))
 
@@ -218,7 +229,8 @@ class Qwen3VLMoeVisionConfig:
         taps = read.integers("deepstack_visual_indexes", (8, 16, 24))
         if len(set(taps)) != len(taps) or any(t >= depth for t in taps):
             raise ConfigError(
-                f"config.json: vision_config.deepstack_visual_indexes = {list(taps)}, expected distinct block numbers below depth = {depth}"
+                f"config.json: vision_config.deepstack_visual_indexes = {list(taps)}, expected distinct block numbers below "
+                f"depth = {depth}"
             )
         return cls(
             depth=depth,
@@ -302,7 +314,9 @@ class Qwen3VLMoeConfig:
             if value >= text.vocab_size:
                 raise ConfigError(f"config.json: {key} = {value} is outside the vocabulary, expected < {text.vocab_size}")
         if ids["image_token_id"] == ids["video_token_id"]:
-            raise ConfigError(f"config.json: image_token_id and video_token_id are both {ids['image_token_id']}, expected two ids")
+            raise ConfigError(
+                f"config.json: image_token_id and video_token_id are both {ids['image_token_id']}, expected two ids"
+            )
         return cls(
             text_config=text,
             vision_config=vision,
@@ -325,7 +339,7 @@ class Qwen3VLMoeConfig:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{file}: not found; expected a Hugging Face checkpoint directory with a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an endless number, too deep
             raise ConfigError(f"{file}: not valid JSON ({error}); expected the checkpoint's configuration") from None
         return cls.from_hf(config)
 

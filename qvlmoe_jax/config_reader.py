@@ -65,7 +65,9 @@ class SectionReader:
         value = self.raw(key)
         if value is not None and (value not in supported or isinstance(value, bool) != isinstance(supported[0], bool)):
             expected = " or ".join(json.dumps(s) for s in supported)
-            raise ConfigError(f"config.json: {self.name(key)} = {json.dumps(value, default=str)} is not supported, expected {expected}")
+            raise ConfigError(
+                f"config.json: {self.name(key)} = {json.dumps(value, default=str)} is not supported, expected {expected}"
+            )
 
     def agree(self, key: str, other: str) -> None:
         """Two spellings of one fact may both be present, if they say the same."""
@@ -80,7 +82,7 @@ class SectionReader:
 
 
 def rope_section(read: SectionReader) -> dict[str, Any]:
-    """The rotary dictionary under either spelling: `rope_scaling` (hub, 4.57; with `type` before 4.45) or `rope_parameters` (5.x)."""
+    """The rotary dictionary under either spelling: `rope_scaling` (hub, 4.57) or `rope_parameters` (5.x)."""
     merged: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = read.raw(key)
@@ -103,6 +105,7 @@ def rope_section(read: SectionReader) -> dict[str, Any]:
 
 
 def read_rope_theta(read: SectionReader, rope: Mapping[str, Any], default: float) -> float:
+    """The rotary base under either spelling, flat or in the rotary dictionary; both may be present if they agree."""
     flat, nested = read.raw("rope_theta"), rope.get("rope_theta")
     if flat is not None and nested is not None and flat != nested:
         raise ConfigError(

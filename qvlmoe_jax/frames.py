@@ -68,12 +68,14 @@ def split_frames(pixel_values: np.ndarray, grid_thw: np.ndarray, config: Qwen3VL
     for i, (t, h, w) in enumerate(grid_thw.tolist()):
         if t < 1 or h < 1 or w < 1 or h % merge or w % merge:
             raise BatchError(
-                f"{name}[{i}] = [{t}, {h}, {w}], expected positive sizes with height and width divisible by spatial_merge_size = {merge}"
+                f"{name}[{i}] = [{t}, {h}, {w}], expected positive sizes, height and width divisible by "
+                f"spatial_merge_size = {merge}"
             )
     if pixel_values.ndim != 2 or pixel_values.shape[1] != config.patch_width:
         raise BatchError(
             f"pixel values for {name} have shape {list(pixel_values.shape)}, expected [patches, {config.patch_width}] "
-            f"(in_channels {config.in_channels} x temporal_patch_size {config.temporal_patch_size} x patch_size {config.patch_size}^2)"
+            f"(in_channels {config.in_channels} x temporal_patch_size {config.temporal_patch_size} x "
+            f"patch_size {config.patch_size}^2)"
         )
     total = int(grid_thw.prod(axis=1).sum())
     if total != pixel_values.shape[0]:
@@ -117,7 +119,13 @@ class PackedFrames:
 
 
 def pack_frames(
-    frames: list[Frame], group_of: list[int], config: Qwen3VLMoeVisionConfig, *, groups: int, rows: int | None, row_patches: int | None
+    frames: list[Frame],
+    group_of: list[int],
+    config: Qwen3VLMoeVisionConfig,
+    *,
+    groups: int,
+    rows: int | None,
+    row_patches: int | None,
 ) -> PackedFrames:
     """Packs frames into `groups` groups of `rows` rows of `row_patches` patches; None sizes are the smallest power-of-two fit.
 
@@ -128,7 +136,9 @@ def pack_frames(
     largest = max((f.num_patches for f in frames), default=0)
     P = bucket(max(largest, unit), unit) if row_patches is None else row_patches
     if P % unit or P < largest:
-        raise BatchError(f"row_patches = {P}, expected a multiple of {unit} (spatial_merge_size^2) that is at least {largest}, the largest frame")
+        raise BatchError(
+            f"row_patches = {P}, expected a multiple of {unit} (spatial_merge_size^2), at least {largest} (the largest frame)"
+        )
     places: list[tuple[int, int]] = [(0, 0)] * len(frames)
     used = 0
     for g in range(groups):

@@ -3,7 +3,7 @@
 A row says where a tensor lives in the parameter tree and how its numbers are arranged there: reshape, then permute axes. Both
 are views in numpy, so a row applied to a memory-mapped file reads nothing. Linears are stored `[in..., out...]` (`x @ W`).
 
-Legend: D hidden, N query heads, K kv heads, H head dim, E experts, F expert width, I dense width, V vocab.
+Legend: D hidden, N query heads, K kv heads, H head dim, E experts, F expert width.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _experts(c: Qwen3VLMoeTextConfig, layout: ExpertLayout) -> list[_Tensor]:
 
 
 def _decoder_layer(c: Qwen3VLMoeTextConfig, kind: LayerKind, layout: ExpertLayout) -> list[_Tensor]:
-    D, N, K, H, I = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size
+    D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     tensors = [
         _same("input_layernorm.weight", D),
         _linear("self_attn.q_proj.weight", (D,), (N, H)),
@@ -123,21 +123,21 @@ def _decoder_layer(c: Qwen3VLMoeTextConfig, kind: LayerKind, layout: ExpertLayou
         return [*tensors, _linear("mlp.gate.weight", (D,), (c.num_experts,)), *_experts(c, layout)]
     return [
         *tensors,
-        _linear("mlp.gate_proj.weight", (D,), (I,)),
-        _linear("mlp.up_proj.weight", (D,), (I,)),
-        _linear("mlp.down_proj.weight", (I,), (D,)),
+        _linear("mlp.gate_proj.weight", (D,), (c.intermediate_size,)),
+        _linear("mlp.up_proj.weight", (D,), (c.intermediate_size,)),
+        _linear("mlp.down_proj.weight", (c.intermediate_size,), (D,)),
     ]
 
 
 def _vision_block(c: Qwen3VLMoeVisionConfig) -> list[_Tensor]:
-    D, N, H, I = c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
+    D, N, H = c.hidden_size, c.num_heads, c.head_dim
     return [
         *_norm("norm1", D),
         *_biased("attn.qkv", (D,), (3, N, H)),
         *_biased("attn.proj", (N, H), (D,)),
         *_norm("norm2", D),
-        *_biased("mlp.linear_fc1", (D,), (I,)),
-        *_biased("mlp.linear_fc2", (I,), (D,)),
+        *_biased("mlp.linear_fc1", (D,), (c.intermediate_size,)),
+        *_biased("mlp.linear_fc2", (c.intermediate_size,), (D,)),
     ]
 
 

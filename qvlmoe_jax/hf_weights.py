@@ -30,7 +30,7 @@ class HFWeights:
       config: from its config.json.
       files: its tensors by HF name.
       match: the table's rows for it, and the expert layout found.
-      shapes, dtypes: parameter path -> shape, dtype. A stack of tensors of several dtypes is float32, which holds all of them exactly.
+      shapes, dtypes: parameter path -> shape, dtype. Tensors of several dtypes stack as float32, which holds them all exactly.
     """
 
     def __init__(self, directory: str | Path):
@@ -43,8 +43,8 @@ class HFWeights:
         self.match = match(self.config, self.files.tensors, str(directory))
         if self.match.tied_lm_head and not _same_bytes(self.files.array(LM_HEAD_KEY), self.files.array(EMBED_TOKENS_KEY)):
             raise CheckpointError(
-                f"{self.files.tensors[LM_HEAD_KEY].file}: {LM_HEAD_KEY!r} differs from {EMBED_TOKENS_KEY!r} although config.json says "
-                "tie_word_embeddings = true; expected the same bytes, or tie_word_embeddings = false"
+                f"{self.files.tensors[LM_HEAD_KEY].file}: {LM_HEAD_KEY!r} differs from {EMBED_TOKENS_KEY!r}, "
+                "expected the same bytes because config.json says tie_word_embeddings = true"
             )
         self._rows = rows_by_path(self.match.rows)
         self.shapes = {path: param_shape(rows) for path, rows in self._rows.items()}

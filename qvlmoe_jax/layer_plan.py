@@ -76,11 +76,7 @@ def plan_layers(kinds: tuple[LayerKind, ...]) -> tuple[Run, ...]:
     cover = _shortest_cover(kinds)
     single = sum(period for _, period, _ in cover) == 1
     return tuple(
-        Run(
-            tuple(
-                Slot(kinds[first + i], first + i, period, repeats, "" if single else str(first + i)) for i in range(period)
-            )
-        )
+        Run(tuple(Slot(kinds[first + i], first + i, period, repeats, "" if single else str(first + i)) for i in range(period)))
         for first, period, repeats in cover
     )
 

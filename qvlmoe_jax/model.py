@@ -97,7 +97,10 @@ class Qwen3VLMoeModel(nnx.Module):
         return constrain(tokens, BATCH, None, None), constrain(deepstack, None, BATCH, None, None)
 
     def __call__(self, batch: Batch, *, inputs_embeds: jax.Array | None = None, output_hidden_states: bool = False) -> TextOutput:
-        """Embeds, puts visual tokens at their columns, and runs the decoder with DeepStack. `inputs_embeds [B,T,D]` replaces the lookup."""
+        """Embeds, puts visual tokens at their columns, runs the decoder with DeepStack.
+
+        `inputs_embeds [B,T,D]` replaces the lookup; visual tokens are still put in.
+        """
         batch = jax.tree.map(jnp.asarray, batch)
         with jax.named_scope("embed"):
             x = self.language_model.embed_tokens(batch.input_ids) if inputs_embeds is None else inputs_embeds
@@ -206,15 +209,13 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         if not isinstance(config, Qwen3VLMoeConfig):
             config = Qwen3VLMoeConfig.from_hf(config)
 
-        def make(rngs: nnx.Rngs) -> Qwen3VLMoeForConditionalGeneration:
-            return cls(config, rngs=rngs, dtype=jnp.float32 if dtype is None else dtype, backend=backend)
+        def make(key: jax.Array) -> Qwen3VLMoeForConditionalGeneration:
+            return cls(config, rngs=nnx.Rngs(key), dtype=jnp.float32 if dtype is None else dtype, backend=backend)
 
-        if mesh is None:
-            return make(rngs)
         key = rngs.params()
-        abstract = jax.eval_shape(lambda key: make(nnx.Rngs(key)), key)
-        shardings = tree_shardings(abstract.params(), mesh)
-        return abstract.with_params(jax.jit(lambda key: make(nnx.Rngs(key)).params(), out_shardings=shardings)(key))
+        abstract = jax.eval_shape(make, key)
+        shardings = None if mesh is None else tree_shardings(abstract.params(), mesh)
+        return abstract.with_params(jax.jit(lambda key: make(key).params(), out_shardings=shardings)(key))
 
     @classmethod
     def abstract(

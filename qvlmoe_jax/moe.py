@@ -5,6 +5,7 @@ B batch, T length, S tokens (B*T), D hidden, E experts, F expert width, k expert
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +106,13 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         gate, gate_up, down = self.gate.weight[...], self.experts.gate_up_proj[...], self.experts.down_proj[...]
         mesh = active_mesh()
         if mesh is None:
-            return self._device(x_BTD, valid_BT, gate, gate_up, down, _Layout())
+            return self._device(x_BTD, valid_BT, gate, gate_up, down, layout=_Layout())
         tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
         gate_up_spec = fit(("expert", "fsdp", None, "tensor"), gate_up.shape, mesh)
         down_spec = fit(("expert", "tensor", "fsdp"), down.shape, mesh)
         layout = _Layout.of(tokens, gate_up_spec, down_spec)
         return jax.shard_map(
-            lambda *args: self._device(*args, layout),
+            functools.partial(self._device, layout=layout),
             in_specs=(P(*tokens, None), tokens, P(), gate_up_spec, down_spec),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
@@ -133,7 +134,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         return weights, experts, stats
 
     def _device(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, gate: jax.Array, gate_up: jax.Array, down: jax.Array, layout: _Layout
+        self, x_BTD: jax.Array, valid_BT: jax.Array, gate: jax.Array, gate_up: jax.Array, down: jax.Array, *, layout: _Layout
     ) -> tuple[jax.Array, RouterStats]:
         """What one device does with its tokens and its experts; with an empty layout, the whole block."""
         x = x_BTD.reshape(-1, x_BTD.shape[-1])

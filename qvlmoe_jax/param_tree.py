@@ -42,7 +42,9 @@ def check_shapes(where: str, expected: Mapping[str, tuple[int, ...]], found: Map
     """
     for fault, paths in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
         if paths:
-            raise CheckpointError(f"{where}: {len(paths)} {fault} parameters, first {min(paths)!r}; expected the tree config.json describes")
+            raise CheckpointError(
+                f"{where}: {len(paths)} {fault} parameters, first {min(paths)!r}; expected the tree config.json describes"
+            )
     for path, shape in expected.items():
         if found[path] != shape:
             raise CheckpointError(f"{where}: parameter {path!r} has shape {list(found[path])}, expected {list(shape)}")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import jax
 
 from qvlmoe_jax.backend import BackendConfig
 
-BodyT = TypeVar("BodyT", bound=Callable)
 
-
-def rematerialised(body: BodyT, backend: BackendConfig) -> BodyT:
+def rematerialised(body: Callable[..., Any], backend: BackendConfig) -> Callable[..., Any]:
     """The scan body under `backend.remat`: as it is, recomputed whole, or with only its matrix products kept."""
     if backend.remat == "none":
         return body

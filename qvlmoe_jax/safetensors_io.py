@@ -117,9 +117,10 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         if prefix == b"version ":
             raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` or download the file")
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        most = max(min(size - 8, MAX_HEADER_BYTES), 0)
+        if len(prefix) < 8 or length > most:
             raise CheckpointError(
-                f"{path}: header of {length} bytes in a file of {size}, expected at most {max(min(size - 8, MAX_HEADER_BYTES), 0)}; "
+                f"{path}: header of {length} bytes in a file of {size}, expected at most {most}; "
                 "the file is truncated or is not safetensors"
             )
         header = parse_json(file.read(length), f"{path}: header")
@@ -160,7 +161,11 @@ def map_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
 
 
 def write_safetensors(
-    path: str | Path, specs: Mapping[str, TensorSpec], read: Callable[[str], np.ndarray], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file, holding one tensor in memory at a time.
 

@@ -63,7 +63,7 @@ def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     # every shard's presence is checked before any header is read
     paths = {name: local_file(directory, name) for name in sorted(set(weight_map.values()))}
-    for name, path in paths.items():
+    for path in paths.values():
         for key, info in read_header(path).items():
             if key in tensors:
                 raise CheckpointError(f"{path}: tensor {key!r} is also in {tensors[key].file.name}, expected it in one shard")
@@ -75,7 +75,7 @@ def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{index}: tensor {key!r} is said to be in {weight_map[key]}, but it is in {info.file.name}")
     for key, name in weight_map.items():
         if key not in tensors:
-            raise CheckpointError(f"{index}: tensor {key!r} is said to be in {name}, which does not hold it; download {name} again")
+            raise CheckpointError(f"{index}: tensor {key!r} is not in {name}, expected it there; download {name} again")
     return tensors
 
 
@@ -87,7 +87,7 @@ def _no_weights(directory: Path) -> CheckpointError:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
     if pickles:
         return CheckpointError(
-            f"{directory}: only pickled weights ({_listed(pickles)}), which can run code when opened and are never read here; {expected}"
+            f"{directory}: only pickled weights ({_listed(pickles)}), which run code when opened and are never read; {expected}"
         )
     others = [name for name in names if name.endswith(".safetensors")]
     return CheckpointError(f"{directory}: {f'found {_listed(others)}' if others else 'no weights'}, {expected}")
@@ -109,7 +109,9 @@ class SafetensorsCheckpoint:
         single, index = (self.directory / name for name in (SINGLE_FILE, INDEX_FILE))
         has_single, has_index = single.exists() or single.is_symlink(), index.exists() or index.is_symlink()
         if has_single and has_index and set(_read_index(self.directory).values()) != {SINGLE_FILE}:
-            raise CheckpointError(f"{self.directory}: both {SINGLE_FILE} and {INDEX_FILE} with other shards, expected one; remove the stale one")
+            raise CheckpointError(
+                f"{self.directory}: both {SINGLE_FILE} and {INDEX_FILE} with other shards, expected one; remove the stale one"
+            )
         if has_index:
             self.tensors = _read_sharded(self.directory)
         elif has_single:

@@ -5,7 +5,8 @@ B batch, T length, D hidden, N query heads, K kv heads, H head dim, F MLP width,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,8 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import LayerKind, Qwen3VLMoeTextConfig
-from qvlmoe_jax.experts import swiglu
-from qvlmoe_jax.layer_plan import Run, plan_layers, slots
-from qvlmoe_jax.layers import Embed, Linear, RMSNorm, stack, truncated_normal
+from qvlmoe_jax.layer_plan import Run, Slot, plan_layers, slots
+from qvlmoe_jax.layers import Embed, Linear, RMSNorm, stack, swiglu, truncated_normal
 from qvlmoe_jax.moe import Qwen3VLMoeTextSparseMoeBlock, RouterStats
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, text_rotary
@@ -82,13 +82,22 @@ class Qwen3VLMoeTextDecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, RouterStats | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotary, segment_ids)
         normed = self.post_attention_layernorm(x)
-        y, stats = self.mlp(normed, segment_ids > 0) if isinstance(self.mlp, Qwen3VLMoeTextSparseMoeBlock) else (self.mlp(normed), None)
+        if isinstance(self.mlp, Qwen3VLMoeTextSparseMoeBlock):
+            y, stats = self.mlp(normed, segment_ids > 0)
+        else:
+            y, stats = self.mlp(normed), None
         return constrain(x + y, BATCH, "context", None), stats
 
 
 class TextOutput(NamedTuple):
-    """What the decoder returns: last hidden state `[B,T,D]` (normed), router sums `[L_moe,...]` or None, and
-    `[L+1,B,T,D]` hidden states as HF reports them (embeddings, each layer before its DeepStack addition, the last one normed) or None."""
+    """What the decoder returns.
+
+    Attributes:
+      last_hidden_state: `[B,T,D]`, normed.
+      router_stats: sums per MoE layer (`[L_moe,...]`); None without experts.
+      hidden_states: `[L+1,B,T,D]` as HF reports them (the embeddings, each layer's output before its DeepStack addition,
+        the last one normed); None unless asked for.
+    """
 
     last_hidden_state: jax.Array
     router_stats: RouterStats | None
@@ -96,7 +105,7 @@ class TextOutput(NamedTuple):
 
 
 def broadcast_positions(position_ids: jax.Array | None, batch: int, length: int) -> jax.Array:
-    """Positions as `[3,B,T]` from any rank HF takes: None (arange), `[B,T]`, `[3,B,T]`, or `[4,B,T]` whose text row is dropped."""
+    """Positions as `[3,B,T]` from any rank HF takes: None (arange), `[B,T]`, `[3,B,T]`, or `[4,B,T]` less its text row."""
     if position_ids is None:
         position_ids = jnp.arange(length, dtype=jnp.int32)[None]
     if position_ids.ndim == 2:
@@ -150,8 +159,8 @@ class Qwen3VLMoeTextModel(nnx.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = constrain(x, BATCH, "context", None)
+        x = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
+        x = constrain(jnp.asarray(x), BATCH, "context", None)
         B, T, _ = x.shape
         if segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
@@ -164,18 +173,20 @@ class Qwen3VLMoeTextModel(nnx.Module):
                 mrope_section=config.mrope_section,
                 dtype=x.dtype,
             )
-        hidden, stats = [x[None]], []
+        if deepstack is None:
+            deepstack = jnp.zeros((0, *x.shape), x.dtype)
+        before, collected = x[None], []
         for run in plan_layers(config.layer_kinds()):
-            x, (run_hidden, run_stats) = self._scan(run, x, rotary, segment_ids, deepstack, output_hidden_states)
-            hidden.append(run_hidden)
-            stats.append(run_stats)
+            x, outputs = self._scan(run, x, rotary, segment_ids, deepstack, output_hidden_states)
+            collected.append(outputs)
         x = self.norm(x)
-        stats = [s for s in stats if s is not None]
-        return TextOutput(
-            x,
-            jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None,
-            jnp.concatenate([jnp.concatenate(hidden)[:-1], x[None]]) if output_hidden_states else None,
-        )
+        layer_outputs, stats = zip(*collected, strict=True)
+        hidden = jnp.concatenate([before, *layer_outputs])[:-1] if output_hidden_states else None
+        return TextOutput(x, _concatenate(stats), None if hidden is None else jnp.concatenate([hidden, x[None]]))
+
+    def slot_layers(self, slot: Slot) -> Qwen3VLMoeTextDecoderLayer:
+        """The stacked layers of a slot."""
+        return getattr(self.layers, slot.name) if slot.name else self.layers  # pyright: ignore[reportReturnType]
 
     def _scan(
         self,
@@ -183,13 +194,13 @@ class Qwen3VLMoeTextModel(nnx.Module):
         x: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array,
-        deepstack: jax.Array | None,
+        deepstack: jax.Array,
         output_hidden_states: bool,
     ) -> tuple[jax.Array, tuple[jax.Array | None, RouterStats | None]]:
         """Runs the run's layers in order. Returns x, then hidden states and router sums with the layer as leading dim."""
-        levels = 0 if deepstack is None else deepstack.shape[0]
+        levels = deepstack.shape[0]
 
-        def body(x: jax.Array, step: tuple[jax.Array, list[Qwen3VLMoeTextDecoderLayer]]):
+        def body(x: jax.Array, step: tuple[jax.Array, list[Qwen3VLMoeTextDecoderLayer]]) -> tuple[jax.Array, Any]:
             index, layers = step
             hidden, stats = [], []
             for slot, layer in zip(run.slots, layers, strict=True):
@@ -199,11 +210,16 @@ class Qwen3VLMoeTextModel(nnx.Module):
                 if slot.first < levels:
                     number = slot.first + index * slot.period
                     x = x + jnp.where(number < levels, deepstack[jnp.minimum(number, levels - 1)], 0)
-            stats = [s for s in stats if s is not None]
-            collected = jnp.stack(hidden) if output_hidden_states else None
-            return x, (collected, jax.tree.map(lambda *a: jnp.stack(a), *stats) if stats else None)
+            stats = [jax.tree.map(lambda a: a[None], s) for s in stats if s is not None]
+            return x, (jnp.stack(hidden) if output_hidden_states else None, _concatenate(stats))
 
-        layers = [self.layers[slot.name] if slot.name else self.layers for slot in run.slots]
+        layers = [self.slot_layers(slot) for slot in run.slots]
         x, outputs = jax.lax.scan(rematerialised(body, self.backend), x, (jnp.arange(run.repeats), layers))
         # [repeats, period, ...] -> [layers, ...]
         return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+
+
+def _concatenate(stats: Sequence[RouterStats | None]) -> RouterStats | None:
+    """Joins router sums along the layer dim, leaving out what has none."""
+    present = [s for s in stats if s is not None]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *present) if present else None

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import Qwen3VLMoeVisionConfig
-from qvlmoe_jax.layers import Embed, LayerNorm, Linear, stack
+from qvlmoe_jax.layers import Embed, LayerNorm, Linear, gelu, stack
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, vision_rotary
 
@@ -45,7 +45,7 @@ class Qwen3VLMoeVisionMLP(nnx.Module):
         self.linear_fc2 = Linear("RPF,FD->RPD", (F, D), init=init, dtype=dtype, rngs=rngs, use_bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
+        return self.linear_fc2(gelu(self.linear_fc1(x), approximate=True))
 
 
 class Qwen3VLMoeVisionBlock(nnx.Module):
@@ -74,7 +74,8 @@ class Qwen3VLMoeVisionPatchMerger(nnx.Module):
         self.use_postshuffle_norm, self.merge_unit = use_postshuffle_norm, config.merge_unit
         self.norm = LayerNorm(width if use_postshuffle_norm else config.hidden_size, dtype=dtype)
         self.linear_fc1 = Linear("...D,DF->...F", (width, width), init=init, dtype=dtype, rngs=rngs, use_bias=True)
-        self.linear_fc2 = Linear("...F,FD->...D", (width, config.out_hidden_size), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+        out = (width, config.out_hidden_size)
+        self.linear_fc2 = Linear("...F,FD->...D", out, init=init, dtype=dtype, rngs=rngs, use_bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.use_postshuffle_norm:
@@ -82,7 +83,7 @@ class Qwen3VLMoeVisionPatchMerger(nnx.Module):
         x = x.reshape(*x.shape[:-2], x.shape[-2] // self.merge_unit, -1)
         if self.use_postshuffle_norm:
             x = self.norm(x)
-        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
+        return self.linear_fc2(gelu(self.linear_fc1(x), approximate=False))
 
 
 class Qwen3VLMoeVisionPatchEmbed(nnx.Module):
@@ -126,6 +127,10 @@ class Qwen3VLMoeVisionModel(nnx.Module):
             else None
         )
 
+    def deepstack_merger(self, index: int) -> Qwen3VLMoeVisionPatchMerger:
+        """The merger of the tap at this place of `deepstack_visual_indexes`."""
+        return jax.tree.map(lambda p: p[index], self.deepstack_merger_list)
+
     def embed(self, pixel_values: jax.Array, pos_index: jax.Array, pos_weight: jax.Array) -> jax.Array:
         """Patch embeddings plus the learned table, interpolated by 4 taps: weights and sum in float32, then one cast."""
         x = self.patch_embed(pixel_values)
@@ -158,8 +163,7 @@ class Qwen3VLMoeVisionModel(nnx.Module):
         features, start = [], 0
         for tap in sorted(taps):
             x, start = run(x, start, tap + 1), tap + 1
-            merger = jax.tree.map(lambda p, i=taps.index(tap): p[i], self.deepstack_merger_list)
-            features.append(merger(x))
+            features.append(self.deepstack_merger(taps.index(tap))(x))
         tokens = self.merger(run(x, start, self.config.depth))
         deepstack = jnp.stack(features) if features else jnp.zeros((0, *tokens.shape), tokens.dtype)
         return tokens, deepstack

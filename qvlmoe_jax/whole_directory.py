@@ -36,16 +36,16 @@ def whole_directory(destination: Path, *, suffix: str, overwrite: bool = False) 
     staging, replaced = (destination.with_name(destination.name + end) for end in (suffix, ".replaced"))
     if overwrite and replaced.exists():
         raise CheckpointError(
-            f"{replaced}: left over from a run that was killed while replacing {destination.name}; remove it, or rename it back if "
-            f"{destination.name} is missing"
+            f"{replaced}: left over from a run that was killed while replacing {destination.name}; expected no such directory, "
+            f"remove it, or rename it back if {destination.name} is missing"
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         staging.mkdir()
     except FileExistsError:
         raise CheckpointError(
-            f"{staging}: left over from a run that was killed, or another run is writing it; expected no such directory, remove it "
-            "if nothing is running"
+            f"{staging}: left over from a run that was killed, or another run is writing it; expected no such directory, "
+            "remove it if nothing is running"
         ) from None
     try:
         yield staging

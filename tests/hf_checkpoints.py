@@ -1,7 +1,7 @@
 """Random Hugging Face checkpoints for tests, made with numpy and the safetensors package (not with the code under test's I/O).
 
-The weights are of order one, so that every bug moves the logits: norm scales 1 + 0.3 N(0,1), biases 0.2 N, embeddings 0.7 N, linears
-1.2 / sqrt(fan_in) N. HF's own initialisation hides most of them.
+The weights are of order one, so that every bug moves the logits: norm scales 1 + 0.3 N(0,1), biases 0.2 N, embeddings 0.7 N,
+linears 1.2 / sqrt(fan_in) N. HF's own initialisation hides most of them.
 """
 
 from __future__ import annotations
@@ -79,6 +79,25 @@ def write_hf_checkpoint(
         shard = {key: contiguous[key] for key in list(contiguous)[i::shards]}
         safetensors.numpy.save_file(shard, directory / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, name))
-    index = {"metadata": {"total_size": sum(t.nbytes for t in contiguous.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    total_size = sum(tensor.nbytes for tensor in contiguous.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return directory
+
+
+def read_raw(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file's header and data, unchecked, for a test to damage."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write_raw(path: Path, header: Mapping[str, Any] | bytes, data: bytes, length: int | None = None) -> None:
+    """A safetensors file with any header, true or not; `length` is what it claims of itself."""
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory, byte for byte."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
