@@ -22,7 +22,7 @@ from qvlmoe_jax.sharding import AXES, BATCH, TABLE, fit, make_mesh, partition_sp
 from tests import cases, hub_configs, ours, tiny, tolerances
 from tests.hf_checkpoints import random_hf_tensors
 
-REAL = {"30b": hub_configs.hub_30b(), "235b": hub_configs.hub_235b()}
+REAL = {"30b": hub_configs.HUB_30B, "235b": hub_configs.HUB_235B}
 COLLECTIVE = re.compile(r"= \S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)")
 MESHES = [
     {"fsdp": 8},
@@ -40,13 +40,13 @@ def _name(sizes: dict[str, int]) -> str:
 
 @pytest.mark.parametrize("name", [*REAL, "4b"])
 def test_every_leaf_hits_one_row(name: str) -> None:
-    config = REAL.get(name, hub_configs.hub_4b())
+    config = REAL.get(name, hub_configs.HUB_4B)
     for path, shape in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config)).items():
         assert len(table_row(path)) <= len(shape)
 
 
 def test_every_row_is_hit() -> None:
-    paths = [p for config in (hub_configs.hub_30b(), hub_configs.hub_4b()) for p in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config))]
+    paths = [p for config in (hub_configs.HUB_30B, hub_configs.HUB_4B) for p in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config))]
     for pattern, _ in TABLE:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
 
