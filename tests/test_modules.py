@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
 import jax
 import jax.numpy as jnp
+import torch
 from flax import nnx
 
 from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig
@@ -136,11 +137,11 @@ def test_vision_tower_and_its_deepstack_order(pair, pictures):
     """Levels come out in block order, whatever the order of `deepstack_visual_indexes`."""
     tokens, deepstack = jax.jit(lambda model, batch: model.visual_features(batch))(pair.jax.model, pictures.batch)
     expected = pair.torch.model.visual(pictures.pixels, grid_thw=pictures.grid)
-    gather = lambda features: np.asarray(features)[0][pictures.batch.visual_index[pictures.batch.visual_index >= 0]]
-    close(gather(tokens), expected.pooler_output)
+    columns = pictures.batch.visual_index[pictures.batch.visual_index >= 0]
+    close(np.asarray(tokens)[0][columns], expected.pooler_output)
     assert len(deepstack) == len(expected.deepstack_features)
     for got, level in zip(deepstack, expected.deepstack_features, strict=True):
-        close(gather(got), level)
+        close(np.asarray(got)[0][columns], level)
 
 
 @pytest.fixture
@@ -177,7 +178,8 @@ def _layers(pair):
     stacked = pair.jax.model.language_model.layers
     for slot in slots(pair.own.text_config):
         for i, number in enumerate(slot.layers):
-            yield number, pair.torch.model.language_model.layers[number], ours.layer(stacked[slot.name] if slot.name else stacked, i)
+            own = stacked[slot.name] if slot.name else stacked
+            yield number, pair.torch.model.language_model.layers[number], ours.layer(own, i)
 
 
 def test_decoder_layers(pair, stream):
