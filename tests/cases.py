@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-Inputs = dict[str, np.ndarray]
+Inputs = dict[str, Any]
+"""Arrays under the names of HF's processor; `Any`, so that they can be passed on as keyword arguments."""
 
 
 @dataclass(frozen=True)
