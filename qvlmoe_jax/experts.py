@@ -11,14 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qvlmoe_jax.layers import einsum
+from qvlmoe_jax.layers import einsum, swiglu
 
 _MIN_TILE, _MAX_TILE = 8, 256
-
-
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up`."""
-    return jax.nn.silu(gate) * up
 
 
 def ragged_experts(rows_RD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:

@@ -31,6 +31,16 @@ def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, w, precision=precision)
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`; the activation is evaluated in float32 and rounded once, as torch does it in bf16."""
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+
+
+def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
+    """GELU, by tanh or exact, evaluated in float32 and rounded once, as torch does it in bf16."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=approximate).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """`einsum(equation, x, weight) (+ bias)`. The weight is `[in..., out...]`; the bias has the output's own letters."""
 

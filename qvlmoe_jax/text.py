@@ -16,9 +16,8 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import LayerKind, Qwen3VLMoeTextConfig
-from qvlmoe_jax.experts import swiglu
 from qvlmoe_jax.layer_plan import Run, Slot, plan_layers, slots
-from qvlmoe_jax.layers import Embed, Linear, RMSNorm, stack, truncated_normal
+from qvlmoe_jax.layers import Embed, Linear, RMSNorm, stack, swiglu, truncated_normal
 from qvlmoe_jax.moe import Qwen3VLMoeTextSparseMoeBlock, RouterStats
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, text_rotary

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import Qwen3VLMoeVisionConfig
-from qvlmoe_jax.layers import Embed, LayerNorm, Linear, stack
+from qvlmoe_jax.layers import Embed, LayerNorm, Linear, gelu, stack
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, vision_rotary
 
@@ -45,7 +45,7 @@ class Qwen3VLMoeVisionMLP(nnx.Module):
         self.linear_fc2 = Linear("RPF,FD->RPD", (F, D), init=init, dtype=dtype, rngs=rngs, use_bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
+        return self.linear_fc2(gelu(self.linear_fc1(x), approximate=True))
 
 
 class Qwen3VLMoeVisionBlock(nnx.Module):
@@ -83,7 +83,7 @@ class Qwen3VLMoeVisionPatchMerger(nnx.Module):
         x = x.reshape(*x.shape[:-2], x.shape[-2] // self.merge_unit, -1)
         if self.use_postshuffle_norm:
             x = self.norm(x)
-        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
+        return self.linear_fc2(gelu(self.linear_fc1(x), approximate=False))
 
 
 class Qwen3VLMoeVisionPatchEmbed(nnx.Module):
