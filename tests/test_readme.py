@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +27,8 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def make_targets(page: Path) -> list[str]:
-    return [line.split()[1] for language, code in blocks(page) if language == "sh" for line in code.splitlines() if line.startswith("make ")]
+    lines = [line for language, code in blocks(page) if language == "sh" for line in code.splitlines()]
+    return [line.split()[1] for line in lines if line.startswith("make ")]
 
 
 def run(command: list[str], directory: Path) -> str:
@@ -54,8 +55,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_demo_agrees_with_transformers_and_with_the_stored_logits(demo: tuple[Path, str]) -> None:
     parity = [line for line in demo[1].splitlines() if line.startswith("parity")]
-    assert len(parity) == 2
-    assert "transformers" in parity[0] and "stored" in parity[1]
+    references = [*(["transformers"] if importlib.util.find_spec("torch") else []), "stored"]
+    assert len(parity) == len(references)
+    assert all(reference in line for reference, line in zip(references, parity, strict=True))
     assert all("from HF" in line and "converted" in line and line.endswith("OK") for line in parity)
 
 
@@ -104,9 +106,9 @@ def evaluate(shape: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(int(eval(size, {"__builtins__": {}}, dict(sizes))) for size in shape.split(","))
 
 
-@pytest.mark.parametrize("config_dict", [tiny.UNIFORM, tiny.OTHER, tiny.MIXED, tiny.DENSE_TIED], ids=["uniform", "other", "mixed", "dense"])
-def test_the_table_of_parameters_is_the_codes(config_dict: dict[str, Any]) -> None:
-    config = Qwen3VLMoeConfig.from_hf(config_dict)
+@pytest.mark.parametrize("name", ["uniform", "other", "mixed", "dense_tied"])
+def test_the_table_of_parameters_is_the_codes(name: str) -> None:
+    config = Qwen3VLMoeConfig.from_hf(tiny.ALL[name])
     table = {match["path"]: (match["shape"], match["hf_shape"]) for match in ROW.finditer(CHECKPOINT.read_text())}
     for path, rows in rows_by_path(expand(config)).items():
         shape, hf_shape = table[re.sub(r"/layers/\d+/", "/layers/", path)]
