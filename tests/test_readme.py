@@ -1,4 +1,4 @@
-"""The documentation is run: its commands in order in an empty directory, its table of parameters against the code."""
+"""The documentation is run: its commands and examples, in order, in an empty directory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-
-from qvlmoe_jax import Qwen3VLMoeConfig
-from qvlmoe_jax.hf import expand, rows_by_path
-from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CONTRIBUTING, CHECKPOINT = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "checkpoint.md"
@@ -84,44 +79,3 @@ def test_every_word_of_the_pages_is_a_chore_and_ci_runs_the_readmes() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert make_targets(README)
     assert all(f"make {target}" in ci for target in make_targets(README))
-
-
-ROW = re.compile(r"^\| `(?P<path>[\w/]+)` \| `\[(?P<shape>.+?)\]` \| `\[(?P<hf_shape>.+?)\]` \|", re.MULTILINE)
-
-
-def letters(config: Qwen3VLMoeConfig, num_layers: int) -> dict[str, int]:
-    """The page's legend."""
-    text, vision = config.text_config, config.vision_config
-    return {
-        "L": num_layers, "D": text.hidden_size, "N": text.num_attention_heads, "K": text.num_key_value_heads, "H": text.head_dim,
-        "E": text.num_experts, "F": text.moe_intermediate_size, "I": text.intermediate_size, "V": text.vocab_size,
-        "Z": vision.depth, "W": vision.hidden_size, "A": vision.num_heads, "B": vision.head_dim, "J": vision.intermediate_size,
-        "X": vision.patch_width, "S": vision.num_position_embeddings, "M": vision.merge_unit * vision.hidden_size,
-        "Q": len(vision.deepstack_visual_indexes), "in_channels": vision.in_channels, "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-    }  # fmt: skip
-
-
-def evaluate(shape: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(int(eval(size, {"__builtins__": {}}, dict(sizes))) for size in shape.split(","))
-
-
-@pytest.mark.parametrize("name", ["uniform", "other", "mixed", "dense_tied"])
-def test_the_table_of_parameters_is_the_codes(name: str) -> None:
-    config = Qwen3VLMoeConfig.from_hf(tiny.ALL[name])
-    table = {match["path"]: (match["shape"], match["hf_shape"]) for match in ROW.finditer(CHECKPOINT.read_text())}
-    for path, rows in rows_by_path(expand(config)).items():
-        shape, hf_shape = table[re.sub(r"/layers/\d+/", "/layers/", path)]
-        sizes = letters(config, len(rows))
-        assert evaluate(hf_shape, sizes) == rows[0].hf_shape, path
-        stacked = (len(rows),) if rows[0].index else ()
-        assert evaluate(shape, sizes) == stacked + rows[0].shape, path
-
-
-def test_the_table_lists_nothing_else() -> None:
-    table = {match["path"] for match in ROW.finditer(CHECKPOINT.read_text())}
-    known: set[str] = set()
-    for config_dict in (tiny.UNIFORM, tiny.MIXED):
-        paths = rows_by_path(expand(Qwen3VLMoeConfig.from_hf(config_dict)))
-        known |= {re.sub(r"/layers/\d+/", "/layers/", path) for path in paths}
-    assert table == known
