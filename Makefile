@@ -31,7 +31,6 @@ lint: $(VENV)/.installed-test  ## ruff and pyright
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 figure: $(VENV)/.installed-test  ## measure again and redraw the figure of the README
-	$(RUN) -m pip install --quiet --editable '.[plot]'
 	$(RUN) docs/plot_parity.py
 
 clean:  ## remove the environment and what the demo wrote

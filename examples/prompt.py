@@ -54,12 +54,13 @@ def patchify(image: Image.Image, settings: dict[str, Any]) -> tuple[np.ndarray, 
     return patches.reshape(h // p * (w // p), -1), np.array([[1, h // p, w // p]])
 
 
-def encode(directory: Path, image: Image.Image, question: str) -> tuple[dict[str, np.ndarray], Tokenizer]:
+def encode(directory: str | Path, image: Image.Image, question: str) -> tuple[dict[str, np.ndarray], Tokenizer]:
     """The chat prompt for one picture and one question, and the tokenizer to read the answer with.
 
     Returns:
       `input_ids [1,T]`, `attention_mask [1,T]`, `pixel_values [patches, C*T*p*p]`, `image_grid_thw [1,3]`.
     """
+    directory = Path(directory)
     settings = json.loads((directory / "preprocessor_config.json").read_text(encoding="utf-8"))
     pixel_values, grid = patchify(image, settings)
     template = jinja2.Template((directory / "chat_template.jinja").read_text(encoding="utf-8"))

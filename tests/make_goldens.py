@@ -1,6 +1,6 @@
-"""Writes tests/data/goldens.npz: transformers' fp32 logits for tests/test_goldens.py. Needs torch; run it when a case or config changes.
+"""Writes tests/data/goldens.npz: transformers' fp32 logits for tests/test_goldens.py. Needs torch.
 
-    python -m tests.make_goldens
+    python -m tests.make_goldens    (when a case or a config changes)
 
 The weights are not stored: `random_hf_tensors` makes them again from the seed.
 """
@@ -8,6 +8,7 @@ The weights are not stored: `random_hf_tensors` makes them again from the seed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import transformers
@@ -22,7 +23,7 @@ CASES = ("image", "mixed", "text_left_padded")
 
 def main() -> None:
     """Runs the reference on each config and case, and stores float32 logits under `config/case`."""
-    arrays = {"transformers": np.array(transformers.__version__)}
+    arrays: dict[str, Any] = {"transformers": np.array(transformers.__version__)}
     for name, config in CONFIGS.items():
         model = reference.build_model(config, random_hf_tensors(config))
         for case in CASES:

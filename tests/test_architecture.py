@@ -1,4 +1,4 @@
-"""What the source promises about itself: imports point one way, files stay short, jax loads only when it works, names are explained."""
+"""What the source promises about itself: one-way imports, short files, jax only for work, explained names."""
 
 from __future__ import annotations
 

@@ -68,9 +68,8 @@ def test_kl_to_fp32_is_no_worse_than_transformers(record) -> None:
         mine = ours.logits(abstract.with_params(ours.params(own, weights)), config, inputs)
         kl[seed] = mean_kl(expected, mine, valid), mean_kl(expected, reference.logits(theirs_bf16, inputs), valid)
     bound = upper_bound(*kl.T)
-    print(
-        f"mean KL to fp32 over {SEEDS} seeds: ours {kl[:, 0].mean():.3e}, transformers {kl[:, 1].mean():.3e}; ratio <= {bound:.3f}"
-    )
+    means = f"ours {kl[:, 0].mean():.3e}, transformers {kl[:, 1].mean():.3e}"
+    print(f"mean KL to fp32 over {SEEDS} seeds: {means}; ratio <= {bound:.3f}")
     record("bf16 KL ratio, upper 95 % bound", bound)
     assert kl.min() > 0, "bf16 that costs nothing is fp32"
     assert bound <= BF16_KL_RATIO

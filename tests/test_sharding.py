@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ MESHES = [
 ]
 
 
-def _name(sizes: dict[str, int]) -> str:
+def _name(sizes: dict[str, Any]) -> str:
     return "_".join(f"{axis}{n}" for axis, n in sizes.items())
 
 
@@ -46,7 +47,8 @@ def test_every_leaf_hits_one_row(name: str) -> None:
 
 
 def test_every_row_is_hit() -> None:
-    paths = [p for config in (hub_configs.HUB_30B, hub_configs.HUB_4B) for p in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config))]
+    configs = (hub_configs.HUB_30B, hub_configs.HUB_4B)
+    paths = [path for config in configs for path in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config))]
     for pattern, _ in TABLE:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
 
@@ -61,7 +63,8 @@ def test_a_stranger_is_refused() -> None:
     "axis, size", [("fsdp", 8), ("expert", 8), ("tensor", 2), ("tensor", 4), ("tensor", 8), ("data", 8), ("context", 8)]
 )
 def test_each_axis_alone_shards_the_real_trees(name: str, axis: str, size: int) -> None:
-    mesh = make_mesh(**{axis: size})
+    sizes: dict[str, Any] = {axis: size}
+    mesh = make_mesh(**sizes)
     whole = part = 0
     for path, shape in hf.param_shapes(Qwen3VLMoeConfig.from_hf(REAL[name])).items():
         spec = partition_spec(path, shape, mesh)
@@ -141,7 +144,7 @@ def one_device(model: Qwen3VLMoeForConditionalGeneration) -> tuple[np.ndarray, f
 
 
 def _agrees(
-    sizes: dict[str, int], model: Qwen3VLMoeForConditionalGeneration, groups: int, expected: tuple[np.ndarray, float]
+    sizes: dict[str, Any], model: Qwen3VLMoeForConditionalGeneration, groups: int, expected: tuple[np.ndarray, float]
 ) -> None:
     mesh = make_mesh(**sizes)
     batch = _eight_rows(tiny.TINY, groups=groups)
@@ -155,7 +158,7 @@ def _agrees(
 
 @pytest.mark.parametrize("sizes", [MESHES[0], MESHES[3], MESHES[5]], ids=_name)
 def test_forward_on_a_mesh_is_one_device(
-    sizes: dict[str, int], model: Qwen3VLMoeForConditionalGeneration, one_device: tuple[np.ndarray, float]
+    sizes: dict[str, Any], model: Qwen3VLMoeForConditionalGeneration, one_device: tuple[np.ndarray, float]
 ) -> None:
     _agrees(sizes, model, 8, one_device)
 
@@ -167,7 +170,7 @@ def test_forward_on_a_mesh_is_one_device(
     | st.sampled_from(AXES).map(lambda a: {a: 4}),
     groups=st.sampled_from([1, 2, 8]),
 )
-def test_two_shardings_one_answer(sizes: dict[str, int], groups: int) -> None:
+def test_two_shardings_one_answer(sizes: dict[str, Any], groups: int) -> None:
     """Any product of axes, pictures in one group or in many (hypothesis builds its own model: fixtures are not for it)."""
     model = ours.build_model(tiny.TINY, random_hf_tensors(tiny.TINY))
     logits, aux = _forward(model, _eight_rows(tiny.TINY))
@@ -177,7 +180,7 @@ def test_two_shardings_one_answer(sizes: dict[str, int], groups: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES, ids=_name)
-def test_gradients_on_a_mesh_are_one_devices(sizes: dict[str, int], model: Qwen3VLMoeForConditionalGeneration) -> None:
+def test_gradients_on_a_mesh_are_one_devices(sizes: dict[str, Any], model: Qwen3VLMoeForConditionalGeneration) -> None:
     mesh = make_mesh(**sizes)
     loss, grads = _loss(model, _eight_rows(tiny.TINY))
     with jax.set_mesh(mesh):
@@ -213,7 +216,7 @@ def test_the_visual_gather_needs_no_collective() -> None:
         return out, pullback(cotangent)[0]
 
     with jax.set_mesh(mesh):
-        hlo = jax.jit(both, out_shardings=sharding).lower(features, index, cotangent).compile().as_text()
+        hlo = jax.jit(both, out_shardings=sharding).lower(features, index, cotangent).compile().as_text() or ""
     assert "scatter" in hlo and not COLLECTIVE.search(hlo), COLLECTIVE.findall(hlo)
 
     # the test would see one: features flattened over the groups are gathered whole
@@ -221,7 +224,7 @@ def test_the_visual_gather_needs_no_collective() -> None:
         return features.reshape(-1, 32)[jnp.maximum(index, 0)]
 
     with jax.set_mesh(mesh):
-        hlo = jax.jit(flattened, out_shardings=sharding).lower(features, index).compile().as_text()
+        hlo = jax.jit(flattened, out_shardings=sharding).lower(features, index).compile().as_text() or ""
     assert COLLECTIVE.search(hlo)
 
 
