@@ -16,17 +16,21 @@ from tests.tolerances import LOGITS
 
 
 def random_config(rng: np.random.Generator) -> tiny.ConfigDict:
-    """A `config.json` object; every dimension the architecture leaves free is drawn."""
+    """A `config.json` object; every dimension the architecture leaves free is drawn.
+
+    Norms over fewer than 16 numbers are left out: they amplify rounding until transformers' own float32 is 3e-5 from its float64.
+    """
 
     def draw(*choices: Any) -> Any:
         return choices[rng.integers(len(choices))]
 
-    kv, groups, experts, layers = draw(1, 2, 3), draw(1, 2, 4), draw(3, 5, 8, 16), int(rng.integers(1, 7))
-    head_dim = draw(6, 8, 16, 24)
+    kv, groups = draw(1, 2, 3), draw(1, 2, 4)
+    experts, layers = draw(3, 5, 8, 16), int(rng.integers(1, 7))
+    head_dim = draw(16, 20, 24, 32)
     dense = [int(i) for i in range(layers) if rng.random() < 0.25]
     depth = int(rng.integers(1, 6))
     taps = [int(i) for i in rng.permutation(depth)[: rng.integers(0, depth + 1)]]
-    heads = draw(1, 2, 3)
+    heads = draw(2, 3, 4)
     hidden = 8 * int(rng.integers(2, 9))
     half = head_dim // 2
     config = tiny.variant(
@@ -49,7 +53,7 @@ def random_config(rng: np.random.Generator) -> tiny.ConfigDict:
         },
         vision_config={
             "depth": depth,
-            "hidden_size": heads * draw(4, 8, 12),
+            "hidden_size": heads * draw(8, 12, 16),
             "intermediate_size": 4 * int(rng.integers(2, 20)),
             "num_heads": heads,
             "out_hidden_size": hidden,
