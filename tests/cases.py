@@ -77,7 +77,7 @@ def build(config: dict[str, Any], rows: Sequence[Row], *, seed: int = 0, padding
     width = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
     ids = [np.concatenate([part.astype(np.int64) for part in _render_row(config, row, rng)]) for row in rows]
     length = max(map(len, ids))
-    out: Inputs = {"input_ids": np.zeros((len(rows), length), np.int64), "attention_mask": np.zeros((len(rows), length), np.int64)}
+    out: Inputs = {name: np.zeros((len(rows), length), np.int64) for name in ("input_ids", "attention_mask")}
     for b, row_ids in enumerate(ids):
         at = slice(length - len(row_ids), None) if padding == "left" else slice(0, len(row_ids))
         out["input_ids"][b, at] = row_ids

@@ -159,7 +159,7 @@ def one_dimensional(batch: Batch) -> np.ndarray:
     return np.broadcast_to(positions, batch.position_ids.shape).astype(np.int32)
 
 
-HOST: dict[str, Callable[[SimpleNamespace], dict[str, np.ndarray]]] = {
+HOST: dict[str, Callable[[SimpleNamespace], dict[str, Any]]] = {
     "1-D positions": lambda s: {"position_ids": one_dimensional(s.batch)},
     "attention over the whole clip": lambda s: {
         "patch_segment_ids": np.select(

@@ -37,7 +37,7 @@ def torch_gradients(
     model = reference.build_model(config, tensors).requires_grad_(True)
     value = loss(reference.run(model, inputs, **options))
     value.backward()
-    named = dict(model.named_parameters())
+    named: dict[str, Any] = dict(model.named_parameters())
     return value.item(), {key: (named[key].grad.mT if ".mlp.experts." in key else named[key].grad).numpy() for key in tensors}
 
 
@@ -122,7 +122,7 @@ def test_aux_loss_gradient(record) -> None:
     inputs = cases.CASES["left_padded"](config)
     model = reference.build_model(config, tensors).requires_grad_(True)
     reference.run(model, inputs, output_router_logits=True).aux_loss.backward()
-    named = dict(model.named_parameters())
+    named: dict[str, Any] = dict(model.named_parameters())
     batch = ours.make_batch(config, inputs)
     grads = jax.jit(jax.grad(lambda m: m(batch, output_router_logits=True).aux_loss))(ours.build_model(config, tensors))
     flat = flatten(grads.params())
@@ -216,7 +216,8 @@ def test_the_text_model_takes_positions_of_any_rank() -> None:
         assert np.array_equal(np.asarray(model(ids, position_ids=position_ids).last_hidden_state), expected)
     embeds = model.embed_tokens(ids)
     assert np.array_equal(np.asarray(model(inputs_embeds=embeds).last_hidden_state), expected)
-    for both in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
+    neither_or_both: tuple[dict[str, Any], ...] = ({}, {"input_ids": ids, "inputs_embeds": embeds})
+    for both in neither_or_both:
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             model(**both)
 
@@ -240,6 +241,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
     first, second = np.arange(9) + 3, np.arange(7) + 90
     alone = [np.asarray(model(Batch.from_hf(config, input_ids=ids[None])).logits)[0, : len(ids)] for ids in (first, second)]
     language = model.model.language_model
+    assert model.lm_head is not None
     hidden = language(
         jnp.asarray(np.concatenate([first, second]))[None],
         position_ids=jnp.asarray(np.concatenate([np.arange(9), np.arange(7)]))[None],
