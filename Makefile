@@ -4,6 +4,7 @@ VENV ?= .venv
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 OUT ?= demo_out
 
 .DEFAULT_GOAL := help
@@ -42,9 +43,9 @@ $(VENV)/bin/python:
 
 # The stamps are as old as the installation: a change of pyproject.toml installs again.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --editable .
+	$(INSTALL) .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	$(INSTALL) '.[test]'
 	@touch $(VENV)/.installed $@
