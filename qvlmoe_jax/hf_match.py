@@ -9,6 +9,7 @@ from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.hf import LM_HEAD_KEY, ExpertLayout, Row, expand
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES, TensorInfo
+from qvlmoe_jax.shards import listed
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 LAYOUTS: tuple[ExpertLayout, ...] = ("hub", "v5")
@@ -32,8 +33,7 @@ class Match:
 
 def named(keys: Iterable[str]) -> str:
     """The first few of many names, on one line."""
-    keys = sorted(keys)
-    return ", ".join(map(repr, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return listed([repr(key) for key in sorted(keys)])
 
 
 def _is_fused(key: str) -> bool:

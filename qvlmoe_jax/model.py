@@ -83,7 +83,6 @@ class Qwen3VLMoeModel(nnx.Module):
             return constrain(jnp.asarray(a).reshape(G * R, *a.shape[2:]), BATCH, *([None] * (a.ndim - 2)))
 
         inputs = [batch.pixel_values, batch.patch_segment_ids, batch.patch_coords, batch.pos_index, batch.pos_weight]
-
         D = vision.out_hidden_size
 
         def tower() -> tuple[jax.Array, jax.Array]:

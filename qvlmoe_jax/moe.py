@@ -19,7 +19,7 @@ from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
 from qvlmoe_jax.experts import KERNELS
 from qvlmoe_jax.layers import Linear, einsum
-from qvlmoe_jax.sharding import BATCH, active_mesh, fit
+from qvlmoe_jax.sharding import BATCH, active_mesh, fit, partition_spec
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +50,11 @@ def route(logits_SE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array
     return probs, weights.astype(logits_SE.dtype), experts.astype(jnp.int32)
 
 
+def count_choices(experts_SK: jax.Array, num_experts: int) -> jax.Array:
+    """How many of the choices went to each expert, `[E]` int32; ids of nobody are not counted."""
+    return jnp.sum(experts_SK[..., None] == jnp.arange(num_experts), axis=(0, 1), dtype=jnp.int32)
+
+
 def dispatch(x_SD: jax.Array, experts_SK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Copies each token once per choice, sorted by expert.
 
@@ -60,8 +65,7 @@ def dispatch(x_SD: jax.Array, experts_SK: jax.Array, num_experts: int) -> tuple[
     """
     flat = experts_SK.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    return x_SD[order // experts_SK.shape[1]], order, group_sizes
+    return x_SD[order // experts_SK.shape[1]], order, count_choices(experts_SK, num_experts)
 
 
 def combine(rows_RD: jax.Array, order_R: jax.Array, weights_SK: jax.Array) -> jax.Array:
@@ -108,8 +112,9 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         if mesh is None:
             return self._device(x_BTD, valid_BT, gate, gate_up, down, layout=_Layout())
         tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
-        gate_up_spec = fit(("expert", "fsdp", None, "tensor"), gate_up.shape, mesh)
-        down_spec = fit(("expert", "tensor", "fsdp"), down.shape, mesh)
+        # The weights are taken as the table left them, so entering the region moves nothing.
+        gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
+        down_spec = partition_spec("layers/mlp/experts/down_proj", down.shape, mesh)
         layout = _Layout.of(tokens, gate_up_spec, down_spec)
         return jax.shard_map(
             functools.partial(self._device, layout=layout),
@@ -127,7 +132,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             weights, experts = balanced_choice(x_SD.shape[0], self.num_experts, self.k, weights.dtype)
         experts = jnp.where(valid_S[:, None], experts, self.num_experts)
         stats = RouterStats(
-            tokens_per_expert=jnp.sum(experts[..., None] == jnp.arange(self.num_experts), axis=(0, 1), dtype=jnp.float32),
+            tokens_per_expert=count_choices(experts, self.num_experts).astype(jnp.float32),
             prob_sum=jnp.sum(jnp.where(valid_S[:, None], probs, 0), axis=0),
             num_tokens=jnp.sum(valid_S, dtype=jnp.float32),
         )

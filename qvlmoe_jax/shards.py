@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,8 @@ def local_file(directory: Path, name: str) -> Path:
     return path
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first three of many names and how many more there are: a message is one line."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -87,10 +88,10 @@ def _no_weights(directory: Path) -> CheckpointError:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
     if pickles:
         return CheckpointError(
-            f"{directory}: only pickled weights ({_listed(pickles)}), which run code when opened and are never read; {expected}"
+            f"{directory}: only pickled weights ({listed(pickles)}), which run code when opened and are never read; {expected}"
         )
     others = [name for name in names if name.endswith(".safetensors")]
-    return CheckpointError(f"{directory}: {f'found {_listed(others)}' if others else 'no weights'}, {expected}")
+    return CheckpointError(f"{directory}: {f'found {listed(others)}' if others else 'no weights'}, {expected}")
 
 
 class SafetensorsCheckpoint:
