@@ -2,7 +2,7 @@
 
     python -m benchmarks.conversion --layers 3 --rounds 3 --dir /tmp/conversion
 
-Each round copies, converts there and converts back, in that order; each is timed with a `sync` after it, the disk quiet before it.
+Each round copies, converts there and converts back, in that order; each timed with a `sync` after it, from a quiet disk.
 Commands run as a user would run them: their own processes, imports included. Peak anonymous memory is what the commands print.
 """
 

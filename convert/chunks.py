@@ -1,7 +1,7 @@
 """How a parameter is cut on disk: into files of some 64 MiB, and inside a file into the chunks that one read fetches.
 
 A mesh reads slices along the dims that the sharding table shards, so chunks are cut along those and no read fetches what another
-device needs: each expert apart, the fsdp dim into up to 32 parts. Every boundary of a mesh of up to that many devices then lies on a
+device needs: each expert apart, the fsdp dim into up to 32 parts. Every boundary of a mesh of up to that many then lies on a
 chunk's boundary. A dim that only `tensor` shards stays whole, so that a chunk is one run of the source's bytes.
 """
 
@@ -77,4 +77,7 @@ def pieces(shape: Sequence[int], chunks: Chunks) -> Iterator[tuple[tuple[int, ..
     """Each file's place in the grid of files, and the slice of the parameter that it holds."""
     counts = [range(-(-size // step)) for size, step in zip(shape, chunks.file, strict=True)]
     for cell in itertools.product(*counts):
-        yield cell, tuple(slice(i * step, min((i + 1) * step, size)) for i, step, size in zip(cell, chunks.file, shape, strict=True))
+        yield (
+            cell,
+            tuple(slice(i * step, min((i + 1) * step, size)) for i, step, size in zip(cell, chunks.file, shape, strict=True)),
+        )

@@ -39,8 +39,8 @@ def check_destination(source: Path, destination: Path, overwrite: bool | None = 
     """Refuses a destination that writing would harm. `overwrite` None: the command has no such flag.
 
     Raises:
-      CheckpointError: one directory is inside the other, or the destination exists (with `overwrite`: and is neither empty nor one
-        of ours).
+      CheckpointError: one directory is inside the other, or the destination exists (with `overwrite`: and is neither empty nor
+        one of ours).
     """
     inner, outer = destination.resolve(), source.resolve()
     if inner == outer:

@@ -1,8 +1,8 @@
-"""Hugging Face directory -> converted directory: config and side files, `conversion.json`, Orbax `checkpoint/`, in bounded memory.
+"""Hugging Face directory -> converted directory: config and side files, `conversion.json`, Orbax `checkpoint/`, in little memory.
 
 The parameters are cut into units: one tensor of a large parameter, or the whole stack of a small one. A unit is read from the
-mapped safetensors files, checksummed, and written as its own files, so memory does not grow with the model, a killed run loses the
-unit it was at, and any number of processes can share the units out.
+mapped safetensors files, checksummed, and written as its own files, so memory does not grow with the model, a killed run loses
+the unit it was at, and any number of processes can share the units out.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ def hf2jax(
     parameters, seconds = sum(map(math.prod, weights.shapes.values())), time.monotonic() - start
     digest = hashlib.sha256((destination / CONVERSION_FILE).read_bytes()).hexdigest()
     report(
-        f"peak anonymous memory {human_bytes(peak)}; checksum (sha256 of {CONVERSION_FILE}, which has every tensor's) {digest[:16]}\n"
-        f"{destination}: {len(weights.files.tensors)} tensors, {parameters:,} parameters, {size:,} bytes read, {seconds:.1f} seconds "
-        f"({human_bytes(size / seconds)}/s)"
+        f"checksum {digest[:16]}: sha256 of {CONVERSION_FILE}, which has every tensor's\n"
+        f"{destination}: {len(weights.files.tensors)} tensors, {parameters:,} parameters, {size:,} bytes read, {seconds:.1f} seconds, "
+        f"{human_bytes(size / seconds)}/s, peak anonymous memory {human_bytes(peak)}"
     )
 
 
@@ -163,7 +163,9 @@ def _warn_of_space(destination: Path, needed: int, report: Report, resume: bool)
     parent = next(path for path in destination.resolve().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free and not resume:
-        report(f"warning: {human_bytes(needed)} to write, {human_bytes(free)} free on {parent}; if it fills, --resume goes on later")
+        report(
+            f"warning: {human_bytes(needed)} to write, {human_bytes(free)} free on {parent}; if it fills, --resume goes on later"
+        )
 
 
 def plan_units(weights: HFWeights, leaves: list[Leaf]) -> list[Unit]:
@@ -258,7 +260,7 @@ def describe_plan(weights: HFWeights, source: Path, dtype: Dtype, workers: int) 
 def conversion_record(weights: HFWeights, source: Path, dtype: Dtype, sums: dict[str, str]) -> dict[str, Any]:
     """`conversion.json`: what is needed to verify the conversion and to write the same files back.
 
-    `tensors` and `scales` (float8 only) go by the names of the table and of the disk, each with dtype, shape and CRC-32 of its bytes.
+    `tensors` and `scales` (float8 only) go by the names of the table and of the disk, each with dtype, shape and CRC-32.
     """
 
     def entry(name: str, crc: str) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def inspect(path: str | Path, *, report: Callable[[str], None] = print) -> None:
     report("largest arrays (as parameters, layers stacked):")
     sizes = {path: math.prod(shape) for path, shape in weights.shapes.items()}
     for path in sorted(sizes, key=lambda path: -sizes[path])[:LARGEST]:
-        report(f"  {human_bytes(sizes[path] * dtypes[path].itemsize):>12}  {dtypes[path].name:<9} {path} {list(weights.shapes[path])}")
+        size, dtype = human_bytes(sizes[path] * dtypes[path].itemsize), dtypes[path].name
+        report(f"  {size:>12}  {dtype:<9} {path} {list(weights.shapes[path])}")
 
 
 def _line(name: str, rows: list[Row], dtypes: dict[str, np.dtype], total: int) -> str:

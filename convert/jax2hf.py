@@ -81,9 +81,8 @@ def jax2hf(
         write_shards(staging, specs, blocks, max_shard_bytes=max_shard_size)
     seconds = time.monotonic() - start
     report(
-        f"peak anonymous memory {human_bytes(progress.peak)}\n"
-        f"{destination}: {len(specs)} tensors, {sum(map(math.prod, weights.shapes.values())):,} parameters, {total:,} bytes written, "
-        f"{seconds:.1f} seconds ({human_bytes(total / seconds)}/s)"
+        f"{destination}: {len(specs)} tensors, {sum(map(math.prod, weights.shapes.values())):,} parameters, {total:,} bytes "
+        f"written, {seconds:.1f} seconds, {human_bytes(total / seconds)}/s, peak anonymous memory {human_bytes(progress.peak)}"
     )
 
 

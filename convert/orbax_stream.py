@@ -1,9 +1,9 @@
 """Writing an Orbax checkpoint that is larger than memory, file by file.
 
 Orbax saves whole arrays. So it saves a skeleton, the same tree with leaves of one number, which makes it write all of its own
-metadata; then each leaf's data is replaced through TensorStore, which Orbax stores arrays with. Arrays are plain zarr3 files (Orbax:
-`use_ocdbt=False`): each file appears by one rename and its name says what it holds, so what is finished is what is there, several
-processes write side by side, and there is no database to merge afterwards.
+metadata; then each leaf's data is replaced through TensorStore, which Orbax stores arrays with. Arrays are plain zarr3 files
+(Orbax: `use_ocdbt=False`): each file appears by one rename and its name says what it holds, so what is finished is what is there,
+several processes write side by side, and there is no database to merge afterwards.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def plan_leaves(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.d
     from qvlmoe_jax.sharding import table_row
 
     return [
-        Leaf(path, shape, dtypes[path], plan_chunks(shape, table_row(path), dtypes[path].itemsize)) for path, shape in shapes.items()
+        Leaf(path, shape, dtypes[path], plan_chunks(shape, table_row(path), dtypes[path].itemsize))
+        for path, shape in shapes.items()
     ]
 
 
@@ -142,7 +143,7 @@ class LeafWriter:
 
     def write(self, data: Iterable[tuple[Piece, np.ndarray]]) -> Iterator[Piece]:
         """Writes each array as its piece; yields the pieces once they are on disk."""
-        pending: deque[tuple[Piece, ts.Future]] = deque()
+        pending: deque[tuple[Piece, ts.WriteFutures]] = deque()
         try:
             for piece, array in data:
                 if piece.leaf.path not in self._stores:

@@ -1,4 +1,4 @@
-"""Do two directories hold the same model? Every tensor's bits are compared, in blocks, and the record's checksums with the files."""
+"""Do two directories hold the same model? Every tensor's bits are compared, in blocks, and recorded checksums with the files."""
 
 from __future__ import annotations
 

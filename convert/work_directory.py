@@ -1,7 +1,7 @@
 """`DST.converting`: a conversion in the making, which a killed run leaves and `--resume` goes on with.
 
-It holds the growing `result/`, `plan.json` (what is being made from what), and for each worker a lock, a journal of finished units
-with their checksums, and a mark that it is done. The last worker to finish renames `result/` to DST and removes the rest.
+It holds the growing `result/`, `plan.json` (what is being made from what), and for each worker a lock, a journal of finished
+units with their checksums, and a mark that it is done. The last worker to finish renames `result/` to DST and removes the rest.
 """
 
 from __future__ import annotations

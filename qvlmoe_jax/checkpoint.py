@@ -1,8 +1,8 @@
 """Opening a model directory, Hugging Face's or a converted one, as jax arrays of any dtype and sharding; saving in HF's form.
 
 A converted directory holds `conversion.json` (where it came from) and `checkpoint/` (Orbax, keys of the parameter tree). A
-Hugging Face directory holds `config.json` and safetensors. A training run holds `hf/` and `checkpoints/STEP/`. All three are read in
-place, slice by slice, through one surface: `shapes`, `dtypes`, `read(path, index, dtype)`.
+Hugging Face directory holds `config.json` and safetensors. A training run holds `hf/` and `checkpoints/STEP/`. All three are read
+in place, slice by slice, through one surface: `shapes`, `dtypes`, `read(path, index, dtype)`.
 """
 
 from __future__ import annotations

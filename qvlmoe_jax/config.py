@@ -279,7 +279,7 @@ class Qwen3VLMoeConfig:
     model_type: str = "qwen3_vl_moe"
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False, repr=False)
     fp8_block: tuple[int, int] | None = field(default=None, compare=False, hash=False, repr=False)
-    """Block size of a float8 checkpoint's scales. It describes files: parameters in memory are never float8, so it is not written."""
+    """Block size of a float8 checkpoint's scales. It describes files: parameters are never float8, so `to_hf` leaves it out."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Qwen3VLMoeConfig:

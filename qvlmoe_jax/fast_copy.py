@@ -1,4 +1,4 @@
-"""Copying a transposed view of a large tensor: in tiles, because numpy walks it column by column and misses the cache each time."""
+"""Copying a transposed view of a large tensor: in tiles, because numpy walks it by columns and misses the cache each time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ TILE = 256
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
     """`target[...] = source` (same shape, any dtypes): some 3 times as fast if source's fastest axis is not target's."""
-    fastest = min(range(source.ndim), key=lambda axis: (source.strides[axis] if source.shape[axis] > 1 else 1 << 62, -axis), default=0)
+    fastest = min(
+        range(source.ndim), key=lambda axis: (source.strides[axis] if source.shape[axis] > 1 else 1 << 62, -axis), default=0
+    )
     if source.ndim < 2 or source.shape[fastest] < 2 or fastest == source.ndim - 1 or source.size < TILE * TILE:
         target[...] = source
         return

@@ -21,7 +21,6 @@ def parse_quantization(section: Any) -> tuple[int, int]:
         if found != expected:
             raise ConfigError(f"{where}.{key} is {found!r}, expected {expected!r}; use the unquantised checkpoint")
     block = section.get("weight_block_size")
-    whole = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
-    if not whole:
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise ConfigError(f"{where}.weight_block_size is {block!r}, expected two positive ints, as [128, 128]")
     return block[0], block[1]

@@ -23,8 +23,8 @@ TABLE_VERSION = 1
 """Goes up whenever a parameter's path, shape or orientation changes: a converted directory records it."""
 
 ExpertLayout = Literal["hub", "v5", "per_expert"]
-"""How the experts are stored: fused and `[E,in,out]` (`hub`: hub files, 4.57), fused and `[E,out,in]` (`v5`: 5.x's save_pretrained),
-or three linears `[out,in]` for each expert (`per_expert`: quantisers, some trainers)."""
+"""How the experts are stored: fused and `[E,in,out]` (`hub`: hub files, 4.57), fused and `[E,out,in]` (`v5`: what 5.x saves), or
+three linears `[out,in]` for each expert (`per_expert`: quantisers, some trainers)."""
 
 LM_HEAD_KEY = "lm_head.weight"
 EMBED_TOKENS_KEY = "model.language_model.embed_tokens.weight"
@@ -189,7 +189,8 @@ def _patch_embed(c: Qwen3VLMoeVisionConfig) -> list[_Tensor]:
 
 def _place(tensors: Iterable[_Tensor], key: str, path: str, index: tuple[int, ...] = ()) -> list[Row]:
     return [
-        Row(key + t.name, path + (t.param or t.name).replace(".", "/"), index + t.at, t.hf_shape, t.split, t.axes) for t in tensors
+        Row(key + t.name, path + (t.param or t.name).replace(".", "/"), index + t.at, t.hf_shape, t.split, t.axes)
+        for t in tensors
     ]
 
 

@@ -34,8 +34,8 @@ class HFWeights:
       config: from its config.json.
       files: its tensors by the names on disk.
       match: the table's rows for it, the expert layout found, and the scales of float8 tensors.
-      shapes, dtypes: parameter path -> shape, dtype. Tensors of several dtypes stack as float32, which holds them all exactly, and
-        so do float8 ones, whose values are scaled.
+      shapes, dtypes: parameter path -> shape, dtype. Tensors of several dtypes stack as float32, which holds them all exactly,
+        and so do float8 ones, whose values are scaled.
     """
 
     def __init__(self, directory: str | Path):

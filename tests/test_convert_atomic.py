@@ -50,9 +50,7 @@ def test_overwrite_removes_nothing_but_a_converted_directory(source: Path, desti
 
 
 @pytest.mark.parametrize("leftover", [".converting", ".replaced"])
-def test_leftovers_of_a_killed_run_are_refused_by_name(
-    leftover: str, source: Path, destination: Path, capsys: Captured
-) -> None:
+def test_leftovers_of_a_killed_run_are_refused_by_name(leftover: str, source: Path, destination: Path, capsys: Captured) -> None:
     path = destination.with_name(destination.name + leftover)
     path.mkdir()
     (path / "half").write_text("written")
