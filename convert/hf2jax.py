@@ -128,8 +128,8 @@ def hf2jax(
     digest = hashlib.sha256((destination / CONVERSION_FILE).read_bytes()).hexdigest()
     report(
         f"checksum {digest[:16]}: sha256 of {CONVERSION_FILE}, which has every tensor's\n"
-        f"{destination}: {len(weights.files.tensors)} tensors, {parameters:,} parameters, {size:,} bytes read, {seconds:.1f} seconds, "
-        f"{human_bytes(size / seconds)}/s, peak anonymous memory {human_bytes(peak)}"
+        f"{destination}: {len(weights.files.tensors)} tensors, {parameters:,} parameters, {size:,} bytes read, "
+        f"{seconds:.1f} seconds, {human_bytes(size / seconds)}/s, peak anonymous memory {human_bytes(peak)}"
     )
 
 

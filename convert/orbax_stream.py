@@ -9,6 +9,7 @@ several processes write side by side, and there is no database to merge afterwar
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -160,11 +161,18 @@ class LeafWriter:
                 future.exception()
 
 
+def _reason(error: Exception) -> str:
+    """The system's words, out of TensorStore's description of where it was."""
+    text = str(error).splitlines()[0]
+    found = re.search(r"\[OS error \d+: [^\]]*\]|No space left on device|Disk quota exceeded", text)
+    return f"{found[0] if found else text[:300]}; make room and go on with --resume"
+
+
 def _finished(pending: deque[tuple[Piece, Any]]) -> Piece:
     piece, future = pending.popleft()
     try:
         future.result()
     except (ValueError, RuntimeError, OSError) as error:
         # TensorStore reports a full disk as a ValueError with the system's words in it
-        raise OSError(f"{piece.file}: cannot be written: {str(error).splitlines()[0][:300]}") from error
+        raise OSError(f"{piece.file}: cannot be written: {_reason(error)}") from error
     return piece

@@ -52,7 +52,10 @@ class OrbaxArrays:
         file = self.directory / METADATA_FILE
         if not file.is_file():
             raise unreadable(self.directory, f"{METADATA_FILE} is not there")
-        metadata = parse_json(file.read_bytes(), str(file))
+        try:
+            metadata = parse_json(file.read_bytes(), METADATA_FILE)
+        except CheckpointError as error:
+            raise unreadable(self.directory, error) from None
         tree = metadata.get("tree_metadata") if isinstance(metadata, dict) else None
         if not isinstance(tree, Mapping):
             raise unreadable(file, "it has no tree_metadata")
@@ -72,7 +75,11 @@ class OrbaxArrays:
         context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 24}})  # for the shards' indexes
         opening = {
             path: ts.open(
-                store_spec(self.directory, name, ocdbt=self._ocdbt, zarr3=self._zarr3), open=True, read=True, context=context
+                # a lost file must not read as zeros; Orbax, and our writer, store zeros as well
+                store_spec(self.directory, name, ocdbt=self._ocdbt, zarr3=self._zarr3) | {"fill_missing_data_reads": False},
+                open=True,
+                read=True,
+                context=context,
             )
             for path, name in self.names.items()
         }
