@@ -5,6 +5,7 @@ B rows, T columns, D hidden, V vocabulary, X context shards, N chunks, C columns
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -17,11 +18,11 @@ from qvlmoe_jax.sharding import BATCH, active_mesh, constrain
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TokenSums:
-    """Sums over the valid target tokens, float32 scalars.
+class TokenLosses:
+    """Per column `[B,T]`, float32, zero where there is no target.
 
     Attributes:
-      cross_entropy: in nats. log_z_squared: of logsumexp, for the z-loss. correct: targets that are the most likely token.
+      cross_entropy: in nats. log_z_squared: of logsumexp, for the z-loss. correct: 1 where the target is the likeliest token.
     """
 
     cross_entropy: jax.Array
@@ -54,22 +55,18 @@ def token_logits(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
     return jnp.einsum("...D,DV->...V", hidden, head_DV, preferred_element_type=jnp.float32, precision=precision)
 
 
-def _sums(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array) -> TokenSums:
+def _losses(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array) -> TokenLosses:
     logits = token_logits(hidden, head_DV)
     logits = constrain(logits, BATCH, *([None] * (logits.ndim - 2)), "tensor")
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    valid = targets >= 0
-
-    def total(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(valid, values, 0), dtype=jnp.float32)
-
-    correct = jax.lax.stop_gradient(picked >= jnp.max(logits, axis=-1))
-    return TokenSums(total(log_z - picked), total(jnp.square(log_z)), total(correct))
+    likeliest = jax.lax.stop_gradient(picked >= jnp.max(logits, axis=-1)).astype(jnp.float32)
+    values = TokenLosses(log_z - picked, jnp.square(log_z), likeliest)
+    return jax.tree.map(lambda v: jnp.where(targets >= 0, v, 0), values)
 
 
-def chunked_cross_entropy(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int) -> TokenSums:
-    """Loss sums of every valid target; the backward pass recomputes a chunk's logits instead of keeping them.
+def token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int) -> TokenLosses:
+    """Losses of every column; the backward pass recomputes a chunk's logits instead of keeping them.
 
     Columns are cut, not rows, and inside each context shard, so a chunk is spread over the mesh as the batch is.
 
@@ -77,17 +74,15 @@ def chunked_cross_entropy(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT:
       targets_BT: from `next_tokens`.
       chunk_tokens: tokens per batch shard and chunk, rounded to whole columns (at least one).
     """
-    B, T, D = hidden_BTD.shape
+    B, T, _ = hidden_BTD.shape
     mesh = active_mesh()
     sizes = {} if mesh is None else dict(mesh.shape)
     X = sizes.get("context", 1) if T % sizes.get("context", 1) == 0 else 1
-    shards = 1
-    for axis in BATCH:
-        shards *= sizes.get(axis, 1)
+    shards = math.prod(sizes.get(axis, 1) for axis in BATCH)
     columns = max(1, chunk_tokens // max(1, B // shards))
     N = -(-(T // X) // columns)
     if N == 1:
-        return _sums(hidden_BTD, head_DV, targets_BT)
+        return _losses(hidden_BTD, head_DV, targets_BT)
     C = -(-(T // X) // N)
     pad = N * C - T // X
 
@@ -96,12 +91,11 @@ def chunked_cross_entropy(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT:
         array = jnp.pad(array, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 3), constant_values=fill)
         return jnp.moveaxis(array.reshape(B, X, N, C, *array.shape[3:]), 2, 0)
 
+    def joined(array_NBXC: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array_NBXC, 0, 2).reshape(B, X, N * C)[:, :, : T // X].reshape(B, T)
+
     @jax.checkpoint
-    def chunk(hidden_BXCD: jax.Array, targets_BXC: jax.Array) -> TokenSums:
-        return _sums(hidden_BXCD, head_DV, targets_BXC)
+    def chunk(inputs: tuple[jax.Array, jax.Array]) -> TokenLosses:
+        return _losses(inputs[0], head_DV, inputs[1])
 
-    def body(total: TokenSums, inputs: tuple[jax.Array, jax.Array]) -> tuple[TokenSums, None]:
-        return jax.tree.map(jnp.add, total, chunk(*inputs)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(body, TokenSums(zero, zero, zero), (cut(hidden_BTD, 0), cut(targets_BT, IGNORED_LABEL)))[0]
+    return jax.tree.map(joined, jax.lax.map(chunk, (cut(hidden_BTD, 0), cut(targets_BT, IGNORED_LABEL))))

@@ -18,7 +18,7 @@ from qvlmoe_jax.model import load_balancing_loss
 from qvlmoe_jax.moe import RouterStats
 from qvlmoe_jax.sharding import tree_shardings
 from train.config import LossConfig, OptimizerConfig
-from train.loss import TokenSums, chunked_cross_entropy, count_targets, head_weight, next_tokens
+from train.loss import TokenLosses, count_targets, head_weight, next_tokens, token_losses
 from train.optim import join
 from train.state import TrainState, state_shardings
 
@@ -26,16 +26,15 @@ Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def loss_sums(
+def forward_losses(
     model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, chunk_tokens: int
-) -> tuple[TokenSums, RouterStats | None]:
-    """Forward pass of one microbatch (no leading A) up to the sums over its target tokens, and the router's sums."""
-    batch = jax.tree.map(jnp.asarray, batch)
+) -> tuple[TokenLosses, jax.Array, RouterStats | None]:
+    """Forward pass of one microbatch (no leading A): losses `[B,T]`, their targets `[B,T]`, and the router's sums."""
     out = model.model(batch)
     with jax.named_scope("loss"):
         targets = next_tokens(batch.labels, batch.segment_ids)
-        sums = chunked_cross_entropy(out.last_hidden_state, head_weight(model), targets, chunk_tokens=chunk_tokens)
-    return sums, out.router_stats
+        losses = token_losses(out.last_hidden_state, head_weight(model), targets, chunk_tokens=chunk_tokens)
+    return losses, targets, out.router_stats
 
 
 def make_train_step(
@@ -64,7 +63,10 @@ def make_train_step(
 
     def objective(trained: Any, frozen: Any, batch: Batch, share: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
         """One microbatch's part of the total. CE is divided by the tokens of ALL microbatches; aux is a mean over them."""
-        sums, router = loss_sums(model.with_params(join(trained, frozen)), batch, chunk_tokens=loss.chunk_tokens)
+        losses, _, router = forward_losses(
+            model.with_params(join(trained, frozen)), batch, chunk_tokens=loss.chunk_tokens
+        )
+        sums = jax.tree.map(jnp.sum, losses)
         aux = load_balancing_loss(router) if router is not None else jnp.zeros(())
         total = sums.cross_entropy / tokens
         if loss.z_loss:
