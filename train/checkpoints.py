@@ -157,11 +157,13 @@ class Checkpoints:
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own for damaged files
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 aside = self._move_aside(step)
-                log.warning("checkpoint of step %d is damaged (%s); moved to %s, trying the one before", step, reason[:300], aside)
+                log.warning(
+                    "checkpoint of step %d is damaged (%s); moved to %s, trying the one before", step, reason[:300], aside
+                )
         if found:
             raise TrainingError(
-                f"{self.directory}: all {len(found)} checkpoints are damaged, expected one that reads back; start anew in another "
-                "run directory"
+                f"{self.directory}: all {len(found)} checkpoints are damaged, expected one that reads back; start anew in "
+                "another run directory"
             )
         return None
 

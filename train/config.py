@@ -133,7 +133,7 @@ class CheckpointConfig:
       every: steps between checkpoints; the last step is always saved. 0 = only the last one.
       keep: how many of the newest stay. best: how many of the best by `best_metric` stay besides.
       best_metric: a validation metric; a loss is best low, anything else high.
-      export: write RUN/export (Hugging Face layout) at the end.
+      export: write RUN/export (Hugging Face layout) at the end, in export_dtype; None = as trained.
     """
 
     every: int = 500
@@ -141,6 +141,7 @@ class CheckpointConfig:
     best: int = 0
     best_metric: str = "validation_loss"
     export: bool = True
+    export_dtype: Literal["float32", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         _at_least_zero(every=self.every, best=self.best)
@@ -190,6 +191,7 @@ class TrainConfig:
       run: directory it writes; a run found there is resumed.
       steps: optimizer steps of the whole run. seed: of weights and (folded in) everything else random.
       max_bad_steps: the run stops after this many non-finite steps in a row (each is skipped and counted).
+      profile: directory for a trace of the run from its fourth step on (`--profile DIR` with a small `steps`).
     """
 
     run: str
@@ -198,6 +200,7 @@ class TrainConfig:
     data: DataConfig
     seed: int = 0
     max_bad_steps: int = 10
+    profile: str | None = None
     validation: ValidationConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -81,6 +81,11 @@ class Fed:
     counts: Counts
 
 
+def place(batch: Batch, mesh: Mesh | None) -> Batch:
+    """The batch on the device, or spread over the mesh."""
+    return jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
+
+
 class Feed:
     """Reads ahead of the training loop in one thread.
 
@@ -122,7 +127,6 @@ class Feed:
             while not self._stop.is_set():
                 batch = next(self._iterator)
                 state = self._iterator.get_state()
-                placed = jax.device_put(batch) if self._mesh is None else shard_batch(batch, self._mesh)
-                self._queue.put(Fed(placed, state, count(batch)))
+                self._queue.put(Fed(place(batch, self._mesh), state, count(batch)))
         except BaseException as error:  # whatever it is, the loop must hear of it
             self._queue.put(error)

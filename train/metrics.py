@@ -30,9 +30,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def router_load(tokens_per_expert: Any, prob_sum: Any, num_tokens: Any) -> dict[str, list[float]]:
-    """Per MoE layer, from sums `[L,E]`: `max_over_mean` of tokens per expert, `entropy` of the load over log E, `dead` experts."""
-    del prob_sum, num_tokens
+def router_load(tokens_per_expert: Any) -> dict[str, list[float]]:
+    """Per MoE layer, from sums `[L,E]`: busiest expert over the mean, entropy of the load over log E, number of dead experts."""
     load = np.asarray(tokens_per_expert, np.float64)
     share = load / np.maximum(load.sum(-1, keepdims=True), 1)
     entropy = -np.sum(share * np.log(np.maximum(share, 1e-30)), axis=-1) / max(math.log(load.shape[-1]), 1e-9)

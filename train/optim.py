@@ -29,8 +29,8 @@ PARTS = {
 }
 """Names for `model.freeze`; anything else there is a regular expression of its own."""
 
-# Which trailing dims of a matrix are its input and which its output, for Muon; dims in front are independent matrices (layers,
-# experts, q/k/v of the fused vision projection, gate/up). What matches no row (embeddings, head, router, norms, biases) uses Adam.
+# Which trailing dims of a matrix are its input and which its output, for Muon; the other dims count independent matrices
+# (layers, experts, gate/up, q/k/v of the fused projection). What matches no row (embeddings, head, router, norms) uses Adam.
 _MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     (r".*self_attn/[qkv]_proj/weight", (-3,), (-2, -1)),
     (r".*self_attn/o_proj/weight", (-3, -2), (-1,)),

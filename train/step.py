@@ -63,9 +63,7 @@ def make_train_step(
 
     def objective(trained: Any, frozen: Any, batch: Batch, share: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
         """One microbatch's part of the total. CE is divided by the tokens of ALL microbatches; aux is a mean over them."""
-        losses, _, router = forward_losses(
-            model.with_params(join(trained, frozen)), batch, chunk_tokens=loss.chunk_tokens
-        )
+        losses, _, router = forward_losses(model.with_params(join(trained, frozen)), batch, chunk_tokens=loss.chunk_tokens)
         sums = jax.tree.map(jnp.sum, losses)
         aux = load_balancing_loss(router) if router is not None else jnp.zeros(())
         total = sums.cross_entropy / tokens
