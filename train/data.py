@@ -8,6 +8,7 @@ records taken, those that wait for the next batch, and the bad ones seen: a few 
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import grain.experimental
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.processor import Processor
 from train.data_config import DataConfig
 from train.documents import Document, DocumentMaker
 from train.errors import TrainingError
@@ -29,12 +31,12 @@ READ_THREADS = 4  # in this process; a worker process uses one
 
 
 def make_data(
-    config: DataConfig, model_config: Qwen3VLMoeConfig, processor: Any, *, process_index: int = 0, process_count: int = 1
+    config: DataConfig, model_config: Qwen3VLMoeConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator[Batch]:
     """The training data of one process.
 
     Args:
-      processor: `qvlmoe_jax.processor.Processor`, or what has its `encode` and `tokenizer`.
+      processor: of the checkpoint that is trained.
     Returns:
       an iterator of numpy Batches, every array with a leading A (microbatches). `get_state` and `set_state` are exact, also
       when the number of workers changes. Close it to end its threads and workers.
@@ -102,9 +104,8 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
         for position, document in waiting:
             self._place(position, document)
         while not self._packer.full and len(self._waiting) <= self._config.lookahead:
-            try:
-                document = next(self._open_stream())
-            except StopIteration:
+            document = next(self._open_stream(), None)
+            if document is None:
                 break
             position, self._next = self._next, self._next + 1
             if document["error"] is None:
@@ -140,11 +141,16 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
             workers = self._config.workers
             threads = READ_THREADS if not workers else 1
             options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-            stream = self._documents[self._next :].to_iter_dataset(options)
+            remaining = self._documents[self._next :]
             if workers:
                 _allow_workers()
-                stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=16))
-            self._stream = iter(stream)
+                # As bytes, through a pipe: arrays would go through shared memory, of which containers often have 64 MiB, and
+                # which outlives a killed process.
+                sent = remaining.map(pickle.dumps).to_iter_dataset(options)
+                received = sent.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=16))
+                self._stream = iter(received.map(pickle.loads))
+            else:
+                self._stream = iter(remaining.to_iter_dataset(options))
         return self._stream
 
     def get_state(self) -> dict[str, Any]:

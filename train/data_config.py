@@ -85,4 +85,4 @@ class DataConfig:
             missing = self.sources[weighted.index(False)].path
             raise ConfigError(f"{missing} has no weight, but other sources have one; expected all of them or none")
         if any(weighted) and self.epochs is not None:
-            raise ConfigError(f"epochs = {self.epochs} with weighted sources; a weighted mixture has no end, expected epochs: null")
+            raise ConfigError(f"epochs = {self.epochs}, but a mixture with weights has no end; expected epochs: null")

@@ -13,6 +13,7 @@ from qvlmoe_jax.batch import Media
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import QvlmoeError
 from qvlmoe_jax.positions import mrope_positions
+from qvlmoe_jax.processor import Processor
 from train.data_config import DataConfig
 from train.formats import Message, RecordError, to_messages
 from train.labels import CONTROL_TOKENS, TurnTokens, assistant_labels
@@ -22,13 +23,13 @@ from train.records import RawRecord
 Document = dict[str, Any]
 """`name`, `error` (None, or why the record cannot be used and then nothing else) and numpy arrays: `input_ids [n]`,
 `labels [n]`, `position_ids [3,n]`, `visual [n]` (bool), `frame_sizes [F,2]` in patches, `pixel_values [N,W]`, in the order of
-their tokens. A dict, because worker processes pass its arrays through shared memory."""
+their tokens."""
 
 
 class DocumentMaker:
     """`RawRecord -> Document`. Picklable when the processor is; workers get a copy."""
 
-    def __init__(self, config: DataConfig, model_config: Qwen3VLMoeConfig, processor: Any):
+    def __init__(self, config: DataConfig, model_config: Qwen3VLMoeConfig, processor: Processor):
         self._config, self._model_config, self._processor = config, model_config, processor
         self._turns = TurnTokens.of(processor.tokenizer)
 

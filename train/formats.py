@@ -28,6 +28,7 @@ ROLES = {
     "observation": "tool",
 }
 MEDIA = ("image", "video")
+_ITEM_KINDS = {"image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video"}
 _PLACEHOLDER = re.compile(r"<(image|video)>|(?:Picture \d+: ?)?<img>(.*?)</img>", re.DOTALL)
 
 
@@ -141,7 +142,7 @@ def _item(part: Any, index: int, pools: Mapping[str, Iterator[Any]]) -> Iterator
             raise RecordError(f"turn {index} has a text item with {_short(part.get('text'))}, expected text")
         yield {"type": "text", "text": part["text"]}
         return
-    medium = {"image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video"}.get(kind or "")
+    medium = _ITEM_KINDS.get(kind or "")
     if medium is None:
         raise RecordError(f"turn {index} has a content item of type {_short(kind)}, expected text, image, image_url or video")
     given = next((part[key] for key in (f"{medium}_url", medium, "url", "path", "base64") if part.get(key) is not None), None)

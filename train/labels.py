@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from qvlmoe_jax.batch import IGNORED_LABEL
 from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.tokenizer import Tokenizer
 
-CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+CONTROL_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
 
 @dataclass(frozen=True)
@@ -22,16 +30,16 @@ class TurnTokens:
     assistant: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> TurnTokens:
-        """From a `tokenizers.Tokenizer`.
+    def of(cls, tokenizer: Tokenizer) -> TurnTokens:
+        """From a `qvlmoe_jax.tokenizer.Tokenizer`.
 
         Raises:
           ConfigError: a tokenizer without the chat format's tokens.
         """
-        im_start, im_end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
+        im_start, im_end = tokenizer.id_of("<|im_start|>"), tokenizer.id_of("<|im_end|>")
         if im_start is None or im_end is None:
             raise ConfigError("the tokenizer has no <|im_start|> and <|im_end|>, expected Qwen's chat format")
-        return cls(im_start, im_end, tuple(tokenizer.encode("assistant", add_special_tokens=False).ids))
+        return cls(im_start, im_end, tuple(tokenizer.encode(["assistant"], add_special_tokens=False)[0].tolist()))
 
 
 def assistant_labels(ids: np.ndarray, tokens: TurnTokens, *, label_newline: bool = False) -> np.ndarray:
