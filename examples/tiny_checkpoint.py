@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ ADDED = SPECIAL + (
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
     "<tool_response> </tool_response> <think> </think>"
 ).split()
-TOKEN_IDS = {token: VOCAB_SIZE - len(ADDED) + i for i, token in enumerate(ADDED)}  # the last ids, in the hub's order
+
+
+def added_ids(vocab_size: int) -> dict[str, int]:
+    """The ids of Qwen's added tokens: the last of the vocabulary, in the hub's order."""
+    return {token: vocab_size - len(ADDED) + i for i, token in enumerate(ADDED)}
+
+
+TOKEN_IDS = added_ids(VOCAB_SIZE)
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3VLMoeForConditionalGeneration"],
@@ -162,8 +170,11 @@ SIDE_FILES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_tokenizer() -> Tokenizer:
-    """Qwen's byte-level BPE with a small vocabulary, learnt from the licence: an English text that is here and never changes."""
+def build_tokenizer(lines: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Qwen's byte-level BPE with a small vocabulary, learnt from `lines`.
+
+    Where they hold fewer words than the vocabulary has room for, the ids between the last word and the added tokens stay unused.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -176,12 +187,12 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(ADDED), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size - len(ADDED), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(LICENSE.read_text(encoding="utf-8").splitlines(), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ADDED[len(SPECIAL) :]])
-    assert all(tokenizer.token_to_id(token) == i for token, i in TOKEN_IDS.items())
+    assert all(tokenizer.token_to_id(token) == i for token, i in added_ids(vocab_size).items())
     return tokenizer
 
 
@@ -207,7 +218,8 @@ def write_checkpoint(directory: Path) -> int:
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    build_tokenizer().save(str(directory / "tokenizer.json"))
+    # The licence: an English text that is here and never changes.
+    build_tokenizer(LICENSE.read_text(encoding="utf-8").splitlines(), VOCAB_SIZE).save(str(directory / "tokenizer.json"))
 
     rows = expand(Qwen3VLMoeConfig.from_hf(CONFIG))
     tensors = {row.key: random_tensor(row.key, row.hf_shape) for row in rows}

@@ -93,7 +93,7 @@ class Batch:
         if groups < 1 or B % groups:
             raise BatchError(f"groups = {groups}, expected a divisor of the {B} rows")
 
-        media = _Media.of(config, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        media = Media.of(config, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         kinds = np.zeros(ids.shape, np.int8)
         kinds[ids == config.image_token_id] = 1
         kinds[ids == config.video_token_id] = 2
@@ -166,14 +166,14 @@ class Batch:
 
 
 @dataclasses.dataclass
-class _Media:
+class Media:
     """The frames of all pictures and of all videos of the input, each list in the order HF passes them (row-major)."""
 
     images: list[Frame]
     videos: list[Frame]
 
     @classmethod
-    def of(cls, config: Qwen3VLMoeConfig, pixels: Any, grids: Any, video_pixels: Any, video_grids: Any) -> _Media:
+    def of(cls, config: Qwen3VLMoeConfig, pixels: Any, grids: Any, video_pixels: Any, video_grids: Any) -> Media:
         def frames(values: Any, grid: Any, values_name: str, grid_name: str) -> list[Frame]:
             if (values is None) != (grid is None):
                 given, missing = (values_name, grid_name) if grid is None else (grid_name, values_name)

@@ -133,16 +133,21 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh))
 
 
+_BATCH_SPECS = {  # Batch field -> spec over its trailing dims; an accumulation axis may come first
+    **dict.fromkeys(("input_ids", "segment_ids", "visual_index", "labels"), (BATCH, "context")),
+    "position_ids": (None, BATCH, "context"),
+    "patch_segment_ids": (BATCH, None, None),
+    **dict.fromkeys(("pixel_values", "patch_coords", "pos_index", "pos_weight"), (BATCH, None, None, None)),
+}
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a host Batch on the mesh: text rows and vision groups over (data, fsdp, expert), text columns over context."""
+    """Puts a host Batch on the mesh: text rows and vision groups over (data, fsdp, expert), text columns over context.
+
+    Each leaf may have an accumulation axis in front, which is not sharded.
+    """
 
     def place(path: Any, leaf: Any) -> jax.Array:
-        spec: tuple[Any, ...] = (BATCH, *([None] * (np.ndim(leaf) - 1)))
-        name = path[-1].name
-        if name in ("input_ids", "segment_ids", "visual_index", "labels"):
-            spec = (BATCH, "context")
-        elif name == "position_ids":
-            spec = (None, BATCH, "context")
-        return jax.device_put(leaf, NamedSharding(mesh, fit(spec, np.shape(leaf), mesh)))
+        return jax.device_put(leaf, NamedSharding(mesh, fit(_BATCH_SPECS[path[-1].name], np.shape(leaf), mesh)))
 
     return jax.tree_util.tree_map_with_path(place, batch)

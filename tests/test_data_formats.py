@@ -1,0 +1,251 @@
+"""Every spelling of a record gives the same messages; what is wrong with a broken one is said by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qvlmoe_jax.errors import ConfigError
+from tests.data_cases import data_uri, picture, picture_record, png, text_record, write_jsonl
+from train.data_config import SourceConfig
+from train.formats import RecordError, to_messages
+from train.media import load_media
+from train.records import RawRecord, Records
+
+QUESTION, ANSWER, SYSTEM = "is there a red shape?", "yes", "be brief"
+
+EXPECTED = [
+    {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+    {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": QUESTION}]},
+    {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+]
+
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "hf messages and images": {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]},
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+        ],
+        "images": ["a.png"],
+    },
+    "hf, null fields as parquet fills them": {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM, "image": None}]},
+            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": QUESTION}]},
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+        ],
+        "images": ["a.png"],
+        "conversations": None,
+        "videos": None,
+    },
+    "hf, picture in the content": {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": QUESTION}]},
+            {"role": "assistant", "content": ANSWER},
+        ]
+    },
+    "trl: text only, pictures beside it": {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+        ],
+        "images": ["a.png"],
+    },
+    "llama-factory messages": {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": "<image>" + QUESTION},
+            {"role": "assistant", "content": ANSWER},
+        ],
+        "images": ["a.png"],
+    },
+    "openai": {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": QUESTION}],
+            },
+            {"role": "assistant", "content": ANSWER},
+        ]
+    },
+    "qwen conversations": {
+        "image": "a.png",
+        "conversations": [
+            {"from": "system", "value": SYSTEM},
+            {"from": "human", "value": "<image>\n" + QUESTION},
+            {"from": "gpt", "value": ANSWER},
+        ],
+    },
+    "sharegpt with system": {
+        "system": SYSTEM,
+        "images": ["a.png"],
+        "conversations": [{"from": "human", "value": "<image>" + QUESTION}, {"from": "gpt", "value": ANSWER}],
+    },
+    "first qwen-vl": {
+        "conversations": [
+            {"from": "system", "value": SYSTEM},
+            {"from": "user", "value": f"Picture 1: <img>a.png</img>\n{QUESTION}"},
+            {"from": "assistant", "value": ANSWER},
+        ]
+    },
+}
+
+
+def read(record: Any, format: Any = "auto") -> list[dict[str, Any]]:
+    payload = record if isinstance(record, bytes) else json.dumps(record).encode()
+    return to_messages(RawRecord("r:1", "", format, payload))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings_agree(spelling: str) -> None:
+    assert read(SPELLINGS[spelling]) == EXPECTED
+
+
+def test_many_pictures_and_turns_keep_their_order() -> None:
+    record = {
+        "image": ["a", "b", "c"],
+        "video": "v",
+        "conversations": [
+            {"from": "human", "value": "<image> one <video> two <image>"},
+            {"from": "gpt", "value": "x"},
+            {"from": "human", "value": "and <image>?"},
+            {"from": "gpt", "value": "y"},
+        ],
+    }
+    content = [turn["content"] for turn in read(record)]
+    assert [item.get("image") or item.get("video") or item["text"] for item in content[0]] == ["a", "one", "v", "two", "b"]
+    assert [item.get("image") or item["text"] for item in content[2]] == ["and", "c", "?"]
+
+
+def turns(*roles_and_contents: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in roles_and_contents]}
+
+
+BROKEN = {
+    "not json": (b'{"messages": [', "is not JSON"),
+    "not utf-8": (b'{"messages": "\xff\xfe"}', "is not JSON"),
+    "not an object": ([1, 2], "expected an object"),
+    "nested beyond reading": (b"[" * 100_000, "not JSON|nested too deeply"),
+    "no known key": ({"prompt": "a", "answer": "b"}, "has the keys answer, prompt, expected messages or conversations"),
+    "turns are text": ({"messages": "hello"}, "expected a list of turns"),
+    "no turns": ({"messages": []}, "expected a list of turns"),
+    "a turn is text": ({"messages": ["hello"]}, "turn 0 is 'hello', expected an object"),
+    "unknown role": (turns(("user", "a"), ("robot", "b")), "turn 1 has the role 'robot'"),
+    "no content": (turns(("user", None), ("assistant", "b")), "turn 0 has the content None"),
+    "number as content": (turns(("user", [3]), ("assistant", "b")), "content item 3"),
+    "unknown item": (turns(("user", [{"type": "audio"}]), ("assistant", "b")), "type 'audio'"),
+    "text item without text": (turns(("user", [{"type": "text"}]), ("assistant", "b")), "expected text"),
+    "no assistant": (turns(("user", "a")), "no assistant turn"),
+    "empty answer": (turns(("user", "a"), ("assistant", " \n")), "empty assistant turn"),
+    "picture in the answer": (turns(("user", "a"), ("assistant", [{"type": "image", "image": "x"}])), "in an assistant turn"),
+    "too few pictures": ({**picture_record("q", "a", "x"), "images": []}, "asks for more images than the record has"),
+    "too many pictures": ({**picture_record("q", "a", "x"), "images": ["x", "y"]}, "1 image\\(s\\), 0 video\\(s\\) more"),
+    "tools": ({**text_record("q", "a"), "tools": [{"name": "f"}]}, "has tools"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_records_say_what_is_wrong(case: str) -> None:
+    record, message = BROKEN[case]
+    with pytest.raises(RecordError, match=message):
+        read(record)
+
+
+def test_a_stated_format_is_the_one_that_is_read() -> None:
+    record = {**text_record("q", "a"), "conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "b"}]}
+    assert read(record, "conversations")[0]["content"][0]["text"] == "p"
+    assert read(record)[0]["content"][0]["text"] == "q"
+
+
+def test_pictures_from_everywhere_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    given = [
+        "a.png",
+        str(tmp_path / "a.png"),
+        (tmp_path / "a.png").as_uri(),
+        data_uri(1),
+        png(1),
+        {"bytes": png(1), "path": None},
+    ]
+    given += [{"bytes": None, "path": "a.png"}, picture(1)]
+    for source in given:
+        loaded = load_media([{"role": "user", "content": [{"type": "image", "image": source}]}], str(tmp_path))
+        assert np.array_equal(np.asarray(loaded[0]["content"][0]["image"]), np.asarray(picture(1))), source
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.png", "which does not exist"),
+        ("name-too-long" * 100, "which does not exist"),
+        ("null\0byte", "which does not exist"),
+        ("https://example.com/a.png", "expected a local file"),
+        ("broken.png", "cannot be decoded"),
+        (png(1)[:200], "cannot be decoded"),
+        (b"", "cannot be decoded"),
+        ("data:image/png;base64,@@@", "not base64"),
+        ("data:image/png,abc", "expected data:TYPE;base64,DATA"),
+        (3, "given as int"),
+        (None, "given as NoneType"),
+    ],
+)
+def test_bad_pictures_say_what_is_wrong(source: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(RecordError, match=message):
+        load_media([{"role": "user", "content": [{"type": "image", "image": source}]}], str(tmp_path))
+
+
+def payloads(path: Path, cache: Path) -> list[Any]:
+    records = Records([SourceConfig(str(path))], cache_dir=str(cache))
+    got = [records[i].payload for i in range(len(records))]
+    return [json.loads(p) if isinstance(p, bytes) else p for p in got]
+
+
+def test_files_of_every_kind_hold_the_same_records(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{**text_record(f"question {i} \u00e9\u4e2d", f"a{i}" * (i % 50)), "n": i} for i in range(3000)]
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    (tmp_path / "r.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet", row_group_size=700)
+    for suffix in ("jsonl", "json", "parquet"):
+        assert payloads(tmp_path / f"r.{suffix}", tmp_path / "cache") == rows, suffix
+    assert payloads(tmp_path / "r.parquet", tmp_path / "cache") == rows  # from the copy that is there now
+
+
+def test_lines_are_numbered_and_blank_ones_are_no_records(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('\n{"a": 1}\r\n  \n{"a": 2}', encoding="utf-8")
+    records = Records([SourceConfig(str(path)), SourceConfig(str(path), root="/media")])
+    assert [records[i].name for i in range(4)] == [f"{path}:2", f"{path}:4"] * 2
+    assert [records[i].root for i in range(4)] == [str(tmp_path)] * 2 + ["/media"] * 2
+    assert [json.loads(records[i].payload)["a"] for i in range(4)] == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.csv", b"a,b", "ends in '.csv'"),
+        ("r.jsonl", b"\n\n", "holds no records"),
+        ("r.json", b'{"a": 1}', "does not begin with"),
+        ("r.json", b'[{"a": 1}, {"a": ]', "no valid JSON at byte"),
+        ("r.json", b'[{"a": 1}', "no valid JSON at byte"),
+        ("r.json", b"[]", "holds no records"),
+        ("r.parquet", b"PAR1 no", "cannot be read as Parquet"),
+    ],
+)
+def test_files_that_are_no_list_of_records_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        Records([SourceConfig(str(tmp_path / name))], cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="does not exist"):
+        Records([SourceConfig(str(tmp_path / "no.jsonl"))])

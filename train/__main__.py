@@ -1,0 +1,93 @@
+"""`python -m train CONFIG.yaml [--dotted.key value]`, `python -m train plot RUN`, `python -m train export RUN DST`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qvlmoe_jax.errors import QvlmoeError
+
+USAGE = """usage: python -m train CONFIG.yaml [--dotted.key value ...]     train, or go on where the run was stopped
+       python -m train plot RUN                                draw RUN/curves.png from its metrics
+       python -m train export RUN|RUN/checkpoints/STEP DST [--dtype bfloat16]    write a Hugging Face directory
+
+Every key of the config can be set on the command line, e.g. --optimizer.learning_rate 1e-4 --steps 200 --profile TRACE_DIR.
+Exit status: 0 done, 2 an error of yours (one line on stderr), 130 interrupted, 143 stopped by SIGTERM after saving."""
+
+STOPPED = 143  # 128 + SIGTERM, what a shell reports for a program ended by it
+
+
+class UsageError(QvlmoeError):
+    """The command line itself is wrong."""
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "qvlmoe_jax" / "xla"))
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from train.config import load_config
+
+    config = load_config(arguments[0], arguments[1:])
+    _use_compilation_cache()
+    from train.loop import train
+
+    state = train(config)
+    return 0 if int(state.step) >= config.steps else STOPPED
+
+
+def _plot(arguments: Sequence[str]) -> int:
+    from train.plot import plot
+
+    if len(arguments) != 1:
+        raise UsageError(f"plot takes one RUN, got {len(arguments)} arguments; see python -m train --help")
+    print(plot(arguments[0]))
+    return 0
+
+
+def _export(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train export", exit_on_error=False)
+    parser.add_argument("source", metavar="RUN", type=Path)
+    parser.add_argument("destination", metavar="DST", type=Path)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    try:
+        options = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error}; see python -m train --help") from None
+    from train.run_files import export_run
+
+    export_run(options.source, options.destination, options.dtype)
+    print(options.destination)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain report each file there
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    command = {"plot": _plot, "export": _export}.get(arguments[0])
+    try:
+        return _train(arguments) if command is None else command(arguments[1:])
+    except (QvlmoeError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the run goes on from its newest checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

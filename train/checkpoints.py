@@ -1,0 +1,213 @@
+"""Checkpoints of a run: `RUN/checkpoints/STEP`, written in the background by Orbax, checked when read.
+
+Each holds `state` (plain nested dicts: `params` of the whole model, optimizer, counters, key) and `loop` (JSON: the data
+iterators' states and a fingerprint of every array). A damaged checkpoint is reported, moved aside, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from qvlmoe_jax.param_tree import flatten, nest
+from train.config import CheckpointConfig
+from train.errors import TrainingError
+from train.optim import join
+from train.state import TrainState
+
+log = logging.getLogger("train")
+
+_POLICIES = ocp.training.preservation_policies
+
+
+def _optimizer_tree(opt_state: Any) -> tuple[dict[str, Any], Any]:
+    """optax's named tuples as nested dicts by field name or position, and what puts them back."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(opt_state)
+    names = ["/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path) for path, _ in leaves]
+    return nest(dict(zip(names, (leaf for _, leaf in leaves), strict=True))), (treedef, names)
+
+
+def to_tree(state: TrainState) -> dict[str, Any]:
+    """The state as it lies on disk."""
+    return {
+        "params": join(state.params, state.frozen),
+        "optimizer": _optimizer_tree(state.opt_state)[0],
+        "counters": {name: getattr(state, name) for name in ("step", "bad_steps", "bad_in_a_row")},
+        "rng": state.rng,
+    }
+
+
+def from_tree(tree: Mapping[str, Any], like: TrainState) -> TrainState:
+    """The inverse of `to_tree`, with the structure of `like`."""
+    params = flatten(tree["params"])
+    treedef, names = _optimizer_tree(like.opt_state)[1]
+    optimizer = flatten(tree["optimizer"])
+    return TrainState(
+        params=nest({path: params[path] for path in flatten(like.params)}),
+        frozen=nest({path: params[path] for path in flatten(like.frozen)}),
+        opt_state=jax.tree_util.tree_unflatten(treedef, [optimizer[name] for name in names]),
+        rng=tree["rng"],
+        **tree["counters"],
+    )
+
+
+@jax.jit
+def _sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def one(array: jax.Array) -> jax.Array:
+        width = array.dtype.itemsize * 8
+        words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+        place = jnp.zeros(words.shape, jnp.uint32)
+        for dim, size in enumerate(words.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+        return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+
+    return {path: one(array) for path, array in flat.items()}
+
+
+def fingerprint(tree: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """`path -> [sum, shape, dtype]`: a position-weighted sum of the array's bits modulo 2^32, the same for any sharding.
+
+    A changed bit always changes it (the weights are odd), so what Orbax reads back is known to be what was written.
+    """
+    flat = flatten(tree)
+    sums = jax.device_get(_sums(flat))
+    return {path: [int(sums[path]), list(leaf.shape), str(leaf.dtype)] for path, leaf in flat.items()}
+
+
+def encode_iterator(state: Any) -> Any:
+    """An iterator's state (dict or bytes) as JSON."""
+    if isinstance(state, bytes):
+        return {"base64": base64.b64encode(state).decode()}
+    return json.loads(json.dumps(state, default=lambda value: value.item() if hasattr(value, "item") else str(value)))
+
+
+def decode_iterator(state: Any) -> Any:
+    """The inverse of `encode_iterator`."""
+    return base64.b64decode(state["base64"]) if isinstance(state, dict) and state.keys() == {"base64"} else state
+
+
+class Checkpoints:
+    """Those of one run. Use as a context manager: leaving it waits for the save in progress."""
+
+    def __init__(self, run: str | Path, config: CheckpointConfig):
+        self.run = Path(run).resolve()
+        self.directory = self.run / "checkpoints"
+        self.config = config
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._pending: Any = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir())
+
+    def save(self, step: int, state: TrainState, loop: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """Copies the state to the host and writes it in the background (waiting for the save before it, if need be)."""
+        if self._checkpointer is None:
+            self._checkpointer = self._open()
+        self.wait()
+        tree = to_tree(state)
+        self._pending = self._checkpointer.save_checkpointables_async(
+            step,
+            {"state": tree, "loop": {**loop, "arrays": fingerprint(tree)}},
+            force=True,
+            overwrite=step in self.steps(),
+            metrics=None if metrics is None else dict(metrics),
+        )
+
+    def wait(self) -> None:
+        """Until the save in progress is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint as `(state, loop)`, or None when the run has none.
+
+        Args:
+          like: the state of step 0: structure, dtypes and shardings.
+        Raises:
+          TrainingError: the checkpoints belong to another model, optimizer or set of frozen parameters; or all are damaged.
+        """
+        found = self.steps()
+        for step in reversed(found):
+            try:
+                return self._read(step, like)
+            except TrainingError:
+                raise
+            except Exception as error:  # Orbax, TensorStore and JSON each raise their own for damaged files
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                aside = self._move_aside(step)
+                log.warning(
+                    "checkpoint of step %d is damaged (%s); moved to %s, trying the one before", step, reason[:300], aside
+                )
+        if found:
+            raise TrainingError(
+                f"{self.directory}: all {len(found)} checkpoints are damaged, expected one that reads back; start anew in "
+                "another run directory"
+            )
+        return None
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        path = self.directory / str(step)
+        loop = ocp.load_checkpointables(str(path), {"loop": None})["loop"]
+        expected = to_tree(like)
+        stored = loop.pop("arrays")
+        here = {p: [list(leaf.shape), str(leaf.dtype)] for p, leaf in flatten(expected).items()}
+        different = sorted(p for p in here.keys() | stored.keys() if here.get(p) != (stored[p][1:] if p in stored else None))
+        if different:
+            raise TrainingError(
+                f"{path}: {len(different)} arrays are not this config's, first {different[0]!r}; expected the model, optimizer, "
+                "dtypes and frozen parameters it was written with; use another run directory for a changed config"
+            )
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), expected)
+        tree = ocp.load_checkpointables(str(path), {"state": abstract})["state"]
+        changed = [p for p, value in fingerprint(tree).items() if value != stored[p]]
+        if changed:
+            raise ValueError(f"{len(changed)} arrays differ from what was written, first {changed[0]!r}")
+        # Copies: the step donates its state, and Orbax may still share the buffers it gave.
+        return from_tree(jax.tree.map(jnp.copy, tree), like), loop
+
+    def _move_aside(self, step: int) -> Path:
+        aside = self.run / "damaged_checkpoints"
+        aside.mkdir(exist_ok=True)
+        number = 0
+        while (target := aside / f"{step}.{number}").exists():
+            number += 1
+        os.rename(self.directory / str(step), target)
+        return target
+
+    def _open(self) -> ocp.training.Checkpointer:
+        keep: list[Any] = [_POLICIES.LatestN(self.config.keep)]
+        name = self.config.best_metric
+        if self.config.best:
+            keep.append(
+                _POLICIES.BestN(
+                    get_metric_fn=lambda metrics: metrics.get(name, -np.inf if "loss" not in name else np.inf),
+                    reverse="loss" in name,
+                    n=self.config.best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return ocp.training.Checkpointer(
+            str(self.directory), preservation_policy=_POLICIES.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+        )

@@ -1,0 +1,268 @@
+"""The config of a run: frozen dataclasses, read from YAML with `--dotted.key value` on top, saved whole with the run.
+
+An unknown key is refused with the nearest known name. Relative paths are relative to where the command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from qvlmoe_jax.backend import BackendConfig
+from qvlmoe_jax.errors import ConfigError
+from train.config_tree import build, override, plain
+from train.data_config import DataConfig
+
+
+def _positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} = {value}, expected more than 0")
+
+
+def _at_least_zero(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{name} = {value}, expected 0 or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained.
+
+    Attributes:
+      path: a Hugging Face directory, a converted one, or a training run; its config, tokenizer and processor files are used.
+      from_scratch: draw the weights (the seed system's distributions) instead of reading them; `path` then needs no weights.
+      param_dtype: of the master weights and the optimizer's moments. compute_dtype: of the forward and backward pass.
+      freeze: what is not trained: `vision`, `merger`, `text`, `embeddings`, `experts`, `router`, or a regular expression over
+        parameter paths. Frozen parameters are kept in compute_dtype and have no gradient and no optimizer state.
+    """
+
+    path: str
+    from_scratch: bool = False
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    freeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: cross entropy + z_loss * mean(logsumexp^2) + aux_loss * load balancing.
+
+    Attributes:
+      chunk_tokens: logits of at most about this many tokens per batch shard exist at a time.
+      aux_loss: weight of HF's load-balancing loss, taken per microbatch; 0 = off. HF's own weight is 0.001.
+    """
+
+    chunk_tokens: int = 1024
+    z_loss: float = 0.0
+    aux_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(chunk_tokens=self.chunk_tokens)
+        _at_least_zero(z_loss=self.z_loss, aux_loss=self.aux_loss)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """
+    Attributes:
+      b1, b2: None = the optimizer's own default (adamw 0.9, 0.95; lion 0.9, 0.99; muon's momentum 0.95; adafactor: no momentum).
+      eps: adamw's, and adamw's inside muon.
+      weight_decay: decoupled, times the learning rate; matrices only (norms and biases have none).
+      clip_norm: of the gradient's global norm; None = no clipping.
+      moment_dtype: of the first moment; None = param_dtype.
+    """
+
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    learning_rate: float = 1e-5
+    b1: float | None = None
+    b2: float | None = None
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] | None = None
+
+    def __post_init__(self) -> None:
+        _positive(eps=self.eps, clip_norm=self.clip_norm)
+        _at_least_zero(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run: linear warm-up over `warmup_steps`, then
+
+    `constant`; `linear` or `cosine` down to `final_fraction` of the peak at the last step; `wsd`: constant, then linear down to
+    `final_fraction` over the last `decay_steps`.
+    """
+
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least_zero(warmup_steps=self.warmup_steps, final_fraction=self.final_fraction)
+        _positive(decay_steps=self.decay_steps)
+        if self.name == "wsd" and self.decay_steps is None:
+            raise ConfigError("schedule wsd needs decay_steps, how many of the last steps the rate falls over")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes (see `qvlmoe_jax.sharding`); all 1 = no mesh."""
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(**vars(self))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """
+    Attributes:
+      every: steps between checkpoints; the last step is always saved. 0 = only the last one.
+      keep: how many of the newest stay. best: how many of the best by `best_metric` stay besides.
+      best_metric: a validation metric; a loss is best low, anything else high.
+      export: write RUN/export (Hugging Face layout) at the end, in export_dtype; None = as trained.
+    """
+
+    every: int = 500
+    keep: int = 2
+    best: int = 0
+    best_metric: str = "validation_loss"
+    export: bool = True
+    export_dtype: Literal["float32", "bfloat16"] | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_zero(every=self.every, best=self.best)
+        _positive(keep=self.keep)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """
+    Attributes:
+      data: the held-out records. every: steps between validations. batches: how many batches of them; None = one epoch.
+    """
+
+    data: DataConfig
+    every: int = 500
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(every=self.every, batches=self.batches)
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """
+    Attributes:
+      every: steps between lines. Each line averages over the steps since the one before.
+      tensorboard, wandb, mlflow: also write there (each needs its own package). wandb_project: defaults to the run's name.
+      peak_tflops: of one device in compute_dtype, for MFU; None = from a table of known accelerators, else no MFU.
+    """
+
+    every: int = 10
+    tensorboard: bool = False
+    wandb: bool = False
+    mlflow: bool = False
+    wandb_project: str | None = None
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive(every=self.every, peak_tflops=self.peak_tflops)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run.
+
+    Attributes:
+      run: directory it writes; a run found there is resumed.
+      steps: optimizer steps of the whole run. seed: of weights and (folded in) everything else random.
+      max_bad_steps: the run stops after this many non-finite steps in a row (each is skipped and counted).
+      profile: directory for a trace of the run from its fourth step on (`--profile DIR` with a small `steps`).
+    """
+
+    run: str
+    steps: int
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 0
+    max_bad_steps: int = 10
+    profile: str | None = None
+    validation: ValidationConfig | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        _positive(steps=self.steps, max_bad_steps=self.max_bad_steps)
+        used = self.schedule.warmup_steps + (self.schedule.decay_steps or 0)
+        if used > self.steps:
+            raise ConfigError(f"schedule: warmup_steps + decay_steps = {used} is more than steps = {self.steps}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads CONFIG.yaml and applies `--dotted.key value` (or `--dotted.key=value`) pairs; values are YAML.
+
+    Raises:
+      ConfigError: the file is missing or not YAML, a key is unknown, a value is refused; by dotted path.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected a YAML file") from None
+    tree = _yaml(text, str(path))
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, expected keys and values")
+    for key, value in _pairs(overrides):
+        override(tree, key, _yaml(value, f"--{key}"))
+    return build(TrainConfig, tree)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise ConfigError(f"{flag!r} on the command line, expected --dotted.key value")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} has no value, expected --{key} VALUE")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def dump_config(config: Any) -> str:
+    """The resolved config as YAML; `load_config` of it gives the same config."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def as_config(tree: Mapping[str, Any]) -> TrainConfig:
+    """A config from plain objects, as a notebook or a test has them."""
+    return build(TrainConfig, tree)

@@ -1,0 +1,309 @@
+"""The training program, from top to bottom: open, resume, step, and once in a while log, validate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, make_mesh
+from qvlmoe_jax.checkpoint import load_params, open_weights
+from train.checkpoints import Checkpoints, decode_iterator, encode_iterator
+from train.config import TrainConfig
+from train.config_tree import plain
+from train.data_config import DataConfig
+from train.errors import TrainingError
+from train.evaluate import make_evaluate, validate
+from train.feed import Counts, DataIterator, Feed, place
+from train.flops import peak_tflops, step_flops
+from train.metrics import Metrics, memory_gib, router_load
+from train.optim import make_optimizer, schedule
+from train.run_files import EXPORT_DIR, HF_DIR, export, side_directory, start_run
+from train.state import TrainState, all_params, init_state
+from train.step import make_train_step
+
+log = logging.getLogger("train")
+
+SHOWN = ("loss", "grad_norm", "learning_rate", "accuracy", "tokens_per_second", "step_seconds", "data_wait_fraction", "mfu")
+SHOWN_VALIDATION = ("validation_loss", "token_accuracy", "exact_match")
+
+
+@dataclass
+class Interrupt:
+    """SIGTERM sets `asked`; the loop saves and leaves after the step it is in."""
+
+    asked: bool = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catches SIGTERM inside the block (in the main thread; elsewhere Python allows no handlers)."""
+
+        def note(*_: object) -> None:
+            self.asked = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, note)
+        except ValueError:
+            before = None
+        try:
+            yield
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+
+@dataclass
+class Interval:
+    """The steps since the last line."""
+
+    started: float = field(default_factory=time.perf_counter)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    flops: float = 0.0
+    paused: float = 0.0  # validation and saving, which are not step time
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside the block is left out of the step time."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+    def summary(self, waited: float, peak_flops: float | None) -> dict[str, Any]:
+        """Averages over the interval; rates count all processes. Waits for the device."""
+        steps = jax.device_get(self.metrics)
+        seconds = time.perf_counter() - self.started - self.paused
+        everyone = jax.process_count()
+        tokens = np.array([step["tokens"] for step in steps], np.float64)
+        last = steps[-1]
+        means = {
+            key: None if last[key] is None else float(np.average([float(step[key]) for step in steps], weights=tokens))
+            for key in ("loss", "aux_loss", "z_loss", "accuracy")
+        }
+        routers = [step["router"] for step in steps if step["router"] is not None]
+        load = router_load(sum(r.tokens_per_expert for r in routers)) if routers else None
+        achieved = self.flops * everyone / seconds
+        return {
+            **means,
+            "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
+            "learning_rate": float(last["learning_rate"]),
+            "bad_steps": int(last["bad_steps"]),
+            "bad_in_a_row": int(last["bad_in_a_row"]),
+            "tokens": float(tokens.sum()),
+            "tokens_per_second": self.counts.tokens * everyone / seconds,
+            "samples_per_second": self.counts.samples * everyone / seconds,
+            "step_seconds": seconds / len(steps),
+            "data_wait_seconds": waited / len(steps),
+            "data_wait_fraction": waited / seconds,
+            "model_tflops_per_second": achieved / 1e12,
+            "mfu": None if peak_flops is None else achieved / peak_flops,
+            "text_padding": 1 - self.counts.tokens / max(self.counts.slots, 1),
+            "vision_padding": 1 - self.counts.patches / self.counts.patch_slots if self.counts.patch_slots else None,
+            "router": load,
+            **memory_gib(),
+        }
+
+
+def open_mesh(config: TrainConfig) -> Mesh | None:
+    """The mesh the config asks for, or None when every axis is 1."""
+    sizes = plain(config.mesh)
+    return None if all(size == 1 for size in sizes.values()) else make_mesh(**sizes)
+
+
+def open_model(config: TrainConfig, mesh: Mesh | None) -> tuple[Qwen3VLMoeForConditionalGeneration, Callable[[], dict[str, Any]]]:
+    """The model's structure (abstract parameters) and what makes or reads its parameters."""
+    side = side_directory(config.model.path)
+    model_config = Qwen3VLMoeConfig.from_json(side)
+    abstract = Qwen3VLMoeForConditionalGeneration.abstract(model_config, backend=config.backend)
+
+    def params() -> dict[str, Any]:
+        dtype = jnp.dtype(config.model.param_dtype)
+        if not config.model.from_scratch:
+            return load_params(open_weights(config.model.path), dtype=dtype, mesh=mesh)
+        rngs = nnx.Rngs(config.seed)
+        return Qwen3VLMoeForConditionalGeneration.from_config(model_config, rngs, dtype=dtype, mesh=mesh).params()
+
+    return abstract, params
+
+
+@functools.lru_cache(maxsize=1)  # validation opens its data anew each time, and a real tokenizer takes a second to read
+def _processor(directory: Path) -> Any:
+    from qvlmoe_jax.processor import Processor
+
+    return Processor.from_pretrained(directory)
+
+
+def open_data(config: TrainConfig, section: DataConfig) -> DataIterator:
+    """The data pipeline of one section (`data` or `validation.data`) for this process."""
+    from train.data import make_data
+
+    hf = Path(config.run).resolve() / HF_DIR
+    return make_data(
+        section,
+        Qwen3VLMoeConfig.from_json(hf),
+        _processor(hf),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data: DataIterator | None = None,
+    validation: Callable[[], Iterable[Batch]] | None = None,
+) -> TrainState:
+    """Runs the config to its last step, from the newest checkpoint of its run if there is one.
+
+    Args:
+      data: replaces the pipeline of `config.data`. validation: gives the held-out batches anew each time, instead of
+        `config.validation.data`.
+    Returns:
+      the final state. After SIGTERM, the state it saved: its step is then less than `config.steps`.
+    Raises:
+      ConfigError, CheckpointError, TrainingError: what is wrong, in a line.
+    """
+    mesh = open_mesh(config)
+    changed = start_run(config)
+    for line in changed:
+        log.warning("resuming with another config: %s", line)
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        model, make_params = open_model(config, mesh)
+        tx = make_optimizer(config.optimizer)
+        compute_dtype = jnp.dtype(config.model.compute_dtype)
+        state = init_state(
+            make_params(),
+            tx,
+            freeze=config.model.freeze,
+            param_dtype=jnp.dtype(config.model.param_dtype),
+            compute_dtype=compute_dtype,
+            seed=config.seed,
+            mesh=mesh,
+        )
+        checkpoints = stack.enter_context(Checkpoints(config.run, config.checkpoint))
+        data = open_data(config, config.data) if data is None else data
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state, loop = restored
+            data.set_state(decode_iterator(loop["data"][jax.process_index()]))
+            log.warning("resumed from the checkpoint of step %d", int(state.step))
+        start = int(state.step)
+        metrics = Metrics(config.run, config.metrics, plain(config), resume_step=start)
+        stack.callback(metrics.close)
+        step_fn = make_train_step(
+            model,
+            tx,
+            schedule(config.schedule, config.optimizer.learning_rate, config.steps),
+            loss=config.loss,
+            optimizer=config.optimizer,
+            compute_dtype=compute_dtype,
+            state=state,
+            mesh=mesh,
+        )
+        evaluate = make_evaluate(model, chunk_tokens=config.loss.chunk_tokens, compute_dtype=compute_dtype)
+        feed = Feed(data, mesh=mesh)
+        stack.callback(feed.close)
+        interrupt = Interrupt()
+        stack.enter_context(interrupt.listening())
+        peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0].device_kind)
+        peak_flops = None if peak is None else peak * 1e12 * jax.device_count()
+
+        interval, compiled = Interval(), None
+        for number in range(start, config.steps):
+            if config.profile is not None and number == min(start + 3, config.steps - 1):
+                jax.profiler.start_trace(config.profile)
+                stack.callback(jax.profiler.stop_trace)
+            try:
+                fed = next(feed)
+            except StopIteration:
+                raise TrainingError(
+                    f"the data ended after {number} of {config.steps} steps; lower steps or let the data repeat"
+                ) from None
+            if interval.metrics:  # at most one step is in flight behind the one that starts
+                jax.block_until_ready(interval.metrics[-1]["loss"])
+            if compiled is None:
+                feed.waited = 0.0  # opening the data is not waiting for it
+                with interval.pause():
+                    compiled = step_fn.lower(state, fed.batch).compile()
+            state, step_metrics = compiled(state, fed.batch)  # another shape would be an error, not a second compilation
+            interval.metrics.append(step_metrics)
+            interval.counts += fed.counts
+            interval.flops += step_flops(model.config, fed.counts, state.params, state.frozen)
+            done, last = number + 1, number + 1 == config.steps
+
+            if done % config.metrics.every == 0 or last or interrupt.asked:
+                values = interval.summary(feed.waited, peak_flops)
+                feed.waited, interval = 0.0, Interval()
+                metrics.write("train", done, values, show=SHOWN)
+                if values["bad_in_a_row"] >= config.max_bad_steps:
+                    raise TrainingError(
+                        f"{values['bad_in_a_row']} steps in a row had a loss or gradient that is not finite (max_bad_steps = "
+                        f"{config.max_bad_steps}); lower the learning rate, or look at the data around step {done}"
+                    )
+            scores = None
+            if config.validation is not None and (done % config.validation.every == 0 or last):
+                with interval.pause():
+                    batches = _validation_batches(config, mesh, validation)
+                    scores = validate(evaluate, state, batches)
+                    metrics.write("validation", done, scores, show=SHOWN_VALIDATION)
+            every = config.checkpoint.every
+            if last or interrupt.asked or (every and done % every == 0):
+                with interval.pause():
+                    checkpoints.save(done, state, {"data": _iterator_states(fed.state)}, scores)
+            if interrupt.asked and not last:
+                checkpoints.wait()
+                print(f"SIGTERM: saved step {done} of {config.steps}; the same command goes on from there", flush=True)
+                return state
+        checkpoints.wait()
+        if config.checkpoint.export and jax.process_index() == 0:
+            export(Path(config.run) / EXPORT_DIR, Path(config.run), model, all_params(state), config.checkpoint.export_dtype)
+        return state
+
+
+def _validation_batches(
+    config: TrainConfig, mesh: Mesh | None, validation: Callable[[], Iterable[Batch]] | None
+) -> Iterator[Batch]:
+    assert config.validation is not None
+    batches: Any
+    if validation is not None:
+        batches = iter(validation())
+    else:
+        section = config.validation.data
+        batches = open_data(config, dataclasses.replace(section, epochs=1) if config.validation.batches is None else section)
+    try:
+        for batch in itertools.islice(batches, config.validation.batches):
+            yield place(batch, mesh)
+    finally:
+        getattr(batches, "close", lambda: None)()
+
+
+def _iterator_states(own: Any) -> list[Any]:
+    """The iterator states of all processes, in their order."""
+    mine = encode_iterator(own)
+    if jax.process_count() == 1:
+        return [mine]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(text)]))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[: int(size)])) for row, size in zip(rows, sizes.reshape(-1), strict=True)]
