@@ -14,7 +14,7 @@ log = logging.getLogger("qvlmoe_jax")
 _CHOICES = {
     "attention": ("auto", "dense", "chunked"),
     "experts": ("auto", "tiles", "ragged_dot"),
-    "dispatch": ("allgather",),
+    "dispatch": ("allgather", "all_to_all"),
     "remat": ("none", "full", "dots"),
     "router_dtype": ("model", "float32"),
 }
@@ -30,7 +30,8 @@ class BackendConfig:
       attention_chunk: queries per block of the chunked kernel.
       experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
         5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.
-      dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis.
+      dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis, `all_to_all` sends
+        each row to its expert's device and back (the cheaper one above some 8 expert shards). The same on one device.
       remat: what the backward pass recomputes: nothing, each layer whole (`full`), or all but matrix products (`dots`).
       router_dtype: precision of the router's logits; `model` is HF's (the softmax is float32 either way).
       fake_balanced_gate: for benchmarks only: tokens go to experts in turn, whatever the router says.
@@ -41,7 +42,7 @@ class BackendConfig:
     attention: Literal["auto", "dense", "chunked"] = "auto"
     attention_chunk: int = 512
     experts: Literal["auto", "tiles", "ragged_dot"] = "auto"
-    dispatch: Literal["allgather"] = "allgather"
+    dispatch: Literal["allgather", "all_to_all"] = "allgather"
     remat: Literal["none", "full", "dots"] = "none"
     router_dtype: Literal["model", "float32"] = "model"
     fake_balanced_gate: bool = False

@@ -6,6 +6,7 @@ B batch, T length, S tokens (B*T), D hidden, E experts, F expert width, k expert
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.typing import DTypeLike
 
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
+from qvlmoe_jax.exchange import Exchange
 from qvlmoe_jax.experts import KERNELS
 from qvlmoe_jax.layers import Linear, einsum
 from qvlmoe_jax.sharding import BATCH, active_mesh, fit, partition_spec
@@ -147,11 +149,18 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             weights, experts, stats = self._choose(x, valid_BT.reshape(-1), gate)
             if layout.token_axes:
                 stats = jax.lax.psum(stats, layout.token_axes)
-        with jax.named_scope("dispatch"):
+        with jax.named_scope("weights"):
             if layout.gate_up_fsdp:
                 gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=1, tiled=True)
             if layout.down_fsdp:
                 down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
+        kernel = KERNELS[self.backend.experts]
+        if layout.gather_tokens and self.backend.dispatch == "all_to_all":
+            y = self._exchanged(x, weights, experts, lambda rows, sizes: kernel(rows, gate_up, down, sizes))
+            if layout.tensor:
+                y = jax.lax.psum(y, "tensor")
+            return y.reshape(x_BTD.shape), stats
+        with jax.named_scope("dispatch"):
             if layout.gather_tokens:
                 x, weights, experts = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, experts))
             local = gate_up.shape[0]
@@ -160,7 +169,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
                 experts = jnp.where((experts >= 0) & (experts < local), experts, local)
             rows, order, group_sizes = dispatch(x, experts, local)
         with jax.named_scope("experts"):
-            rows = KERNELS[self.backend.experts](rows, gate_up, down, group_sizes)
+            rows = kernel(rows, gate_up, down, group_sizes)
         with jax.named_scope("combine"):
             y = combine(rows, order, weights)
             if layout.tensor:
@@ -170,6 +179,22 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             elif layout.experts:
                 y = jax.lax.psum(y, "expert")
         return y.reshape(x_BTD.shape), stats
+
+    def _exchanged(
+        self, x: jax.Array, weights: jax.Array, experts: jax.Array, kernel: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> jax.Array:
+        """`[S,D]`: this device's tokens sent to their experts' devices (`exchange`), computed there, and sent back."""
+        with jax.named_scope("dispatch"):
+            rows, order, group_sizes = dispatch(x, experts, self.num_experts)
+            exchange = Exchange.plan(group_sizes, rows.shape[0], self.k)
+            arrived = exchange.to_experts(rows)
+            # senders follow one another in the buffer: sort once more, so that each expert's rows do
+            sorted_, reorder, local_sizes = dispatch(arrived, exchange.experts_of_rows()[:, None], exchange.counts.shape[1])
+        with jax.named_scope("experts"):
+            done = kernel(sorted_, local_sizes)
+        with jax.named_scope("combine"):
+            rows = exchange.back(done[jnp.argsort(reorder)], rows.shape[0])
+            return combine(rows, order, weights)
 
 
 @dataclass(frozen=True)
