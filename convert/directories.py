@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qvlmoe_jax.checkpoint import CONVERSION_FILE
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.shards import local_file
+from qvlmoe_jax.local_files import local_file
 
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
 SIDE_NAMES = ("LICENSE", "NOTICE", "README")

@@ -18,12 +18,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
+from qvlmoe_jax.conversion_record import read_record
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.hf import TABLE_VERSION, expand, param_shapes
+from qvlmoe_jax.hf import expand, param_shapes
 from qvlmoe_jax.hf_weights import HFWeights
+from qvlmoe_jax.local_files import check_tree
 from qvlmoe_jax.orbax_store import OrbaxArrays
 from qvlmoe_jax.param_tree import check_shapes, flatten, nest
-from qvlmoe_jax.safetensors_io import DTYPE_NAMES, parse_json
+from qvlmoe_jax.safetensors_io import DTYPE_NAMES
 from qvlmoe_jax.shards import write_shards
 from qvlmoe_jax.whole_directory import whole_directory
 
@@ -83,11 +85,9 @@ class ConvertedWeights(ParamStore):
         checkpoint = directory / CHECKPOINT_DIR
         if not checkpoint.is_dir():
             raise CheckpointError(f"{checkpoint}: not found, expected the Orbax checkpoint beside {CONVERSION_FILE}")
+        check_tree(directory)
         config = Qwen3VLMoeConfig.from_json(directory)
-        self.conversion = parse_json(file.read_bytes(), str(file))
-        version = self.conversion.get("table_version") if isinstance(self.conversion, dict) else None
-        if version != TABLE_VERSION:
-            raise CheckpointError(f"{file}: table_version is {version!r}, expected {TABLE_VERSION}; convert the source again")
+        self.conversion = read_record(file)
         super().__init__(directory, config, OrbaxArrays(checkpoint / ARRAYS_DIR))
 
 
@@ -104,6 +104,7 @@ class TrainedWeights(ParamStore):
         directory = Path(directory)
         step = newest_step(directory) if (directory / RUN_CHECKPOINTS).is_dir() else directory
         self.side_directory, self.step = step.parent.parent / RUN_HF, int(step.name)
+        check_tree(step)
         config = Qwen3VLMoeConfig.from_json(self.side_directory)
         super().__init__(directory, config, OrbaxArrays(step / ARRAYS_DIR, prefix=("params",)))
 
@@ -114,7 +115,7 @@ def newest_step(run: Path) -> Path:
     Raises:
       CheckpointError: there is none.
     """
-    steps = [path for path in (run / RUN_CHECKPOINTS).iterdir() if path.name.isdigit() and path.is_dir()]
+    steps = [path for path in (run / RUN_CHECKPOINTS).iterdir() if path.name.isdecimal() and path.is_dir()]
     if not steps:
         raise CheckpointError(f"{run / RUN_CHECKPOINTS}: no finished step, expected directories named by their number")
     return max(steps, key=lambda path: int(path.name))
@@ -122,7 +123,7 @@ def newest_step(run: Path) -> Path:
 
 def is_training_checkpoint(directory: Path) -> bool:
     """`directory` is a RUN or one of its STEPs."""
-    is_step = directory.name.isdigit() and directory.parent.name == RUN_CHECKPOINTS
+    is_step = directory.name.isdecimal() and directory.parent.name == RUN_CHECKPOINTS
     return is_step or ((directory / RUN_CHECKPOINTS).is_dir() and (directory / RUN_HF).is_dir())
 
 

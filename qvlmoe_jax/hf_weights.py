@@ -12,7 +12,8 @@ from qvlmoe_jax.fast_copy import copy_into
 from qvlmoe_jax.fp8 import FP8, dequantise
 from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, Row, param_shapes, rows_by_path
 from qvlmoe_jax.hf_match import match
-from qvlmoe_jax.shards import SafetensorsCheckpoint, local_file
+from qvlmoe_jax.local_files import local_file
+from qvlmoe_jax.shards import SafetensorsCheckpoint
 
 COMPARED_BYTES = 1 << 26
 FLOAT32 = np.dtype(np.float32)

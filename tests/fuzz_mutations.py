@@ -14,13 +14,16 @@ from tests.hf_checkpoints import read_raw, write_raw
 Mutation = Callable[[random.Random, Path], bool | None]
 """Returns True if the result must be refused: it leads out of its directory, or is no file that may be opened."""
 
-INDEX = "model.safetensors.index.json"
+INDEX, SIDE_FILE = "model.safetensors.index.json", "tokenizer.json"
 HUGE = 1 << 40
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 255, 2**31, 2**53 + 1, 2**63, 2**64 - 1, 10**400, 0.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "x", "\0", "\n", "\ud800", "\udcff", "\x1b[2J", "a" * 5000, "..", "../secret", "/etc/passwd", "F32", "F4",
     "float8_e4m3fn", [], [0], [1, 2], [2**62, 2**62], [[]], [None], ["\ud800"], {}, {"": {}}, {"a": 1}, list(range(3000)),
 )  # fmt: skip
+
+
+TOKENS = (b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\u0000", b"9" * 5000, b"[" * 200_000, b"\xff", b"1e999")
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ def _change_text(rng: random.Random, text: bytes) -> bytes:
         elif kind == 2:
             data[at:at] = data[at : at + length]
         elif kind == 3:
-            data[at:at] = rng.choice([b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\u0000", b"9" * 5000, b"[" * 200_000, b"\xff", b"1e999"])
+            data[at:at] = rng.choice(TOKENS)
         elif at < len(data):
             data[at] = rng.randrange(256)
     return bytes(data)
@@ -87,12 +90,19 @@ def _twice(rng: random.Random, text: bytes) -> bytes:
     return text[:at] + b"," + key + b":" + rng.choice([b"1", b"{}", b'"x"', b"null"]) + text[at:]
 
 
+def _content(file: Path) -> bytes:
+    """Raises ValueError if an earlier mutation left nothing that can be read."""
+    if not file.is_file() or file.stat().st_size > 1 << 24:
+        raise ValueError(f"{file}: spoilt already")
+    return file.read_bytes()
+
+
 def json_file(find: Callable[[random.Random, Path], Path]) -> Mutation:
     """Damage to a file that holds JSON."""
 
     def mutate(rng: random.Random, directory: Path) -> None:
         file = find(rng, directory)
-        text = file.read_bytes()
+        text = _content(file)
         kind = rng.randrange(8)
         if kind < 5:
             file.write_text(json.dumps(_change_node(rng, json.loads(text))))
@@ -111,7 +121,7 @@ def json_file(find: Callable[[random.Random, Path], Path]) -> Mutation:
 
 def damage_file(rng: random.Random, file: Path) -> None:
     """Cuts, extends, empties or overwrites a file."""
-    data = file.read_bytes()
+    data = _content(file)
     kind = rng.randrange(7)
     if kind == 0:
         os.truncate(file, rng.randrange(len(data) + 1))
@@ -128,30 +138,17 @@ def damage_file(rng: random.Random, file: Path) -> None:
 
 
 def replace_file(rng: random.Random, file: Path) -> bool:
-    """Another kind of thing under the file's name."""
-    content = file.read_bytes()
-    file.unlink()
-    outside = file.parents[len(file.parents) - 1 - file.parents[::-1].index(_root(file))].parent / "outside"
-    kind = rng.randrange(7)
-    if kind == 0:
-        outside.write_bytes(content)  # perfectly good, but elsewhere
-        file.symlink_to(outside)
-    elif kind == 1:
-        file.symlink_to("/dev/zero")
-    elif kind == 2:
-        file.symlink_to(file.name)
-    elif kind == 3:
+    """Another kind of thing under the file's name, or nothing."""
+    outside = next(place for place in file.parents if place.name == "model").parent / "outside"
+    file.rename(outside)  # perfectly good, but elsewhere
+    kind = rng.choice(["link out", "device", "loop", "link to nothing", "pipe", "folder", "nothing"])
+    if kind == "pipe":
         os.mkfifo(file)
-    elif kind == 4:
+    elif kind == "folder":
         file.mkdir()
-    elif kind == 5:
-        file.symlink_to("gone")
-    return True
-
-
-def _root(file: Path) -> Path:
-    """The model directory that a file is in: the outermost one with a config.json."""
-    return [place for place in file.parents if (place / "config.json").exists() or place.name == "model"][-1]
+    elif kind != "nothing":
+        file.symlink_to({"link out": outside, "device": "/dev/zero", "loop": file.name, "link to nothing": "gone"}[kind])
+    return file.name != SIDE_FILE or kind not in ("folder", "nothing")  # a side file may be missing
 
 
 def replaced(find: Callable[[random.Random, Path], Path]) -> Mutation:
@@ -163,7 +160,13 @@ def named(name: str) -> Callable[[random.Random, Path], Path]:
 
 
 def any_of(pattern: str) -> Callable[[random.Random, Path], Path]:
-    return lambda rng, directory: rng.choice(sorted(path for path in directory.glob(pattern) if path.is_file()))
+    def find(rng: random.Random, directory: Path) -> Path:
+        found = sorted(path for path in directory.glob(pattern) if path.is_file() and path.stat().st_size <= 1 << 24)
+        if not found:
+            raise ValueError(f"{directory}: no {pattern} left")
+        return rng.choice(found)
+
+    return find
 
 
 def damaged(find: Callable[[random.Random, Path], Path]) -> Mutation:
@@ -223,7 +226,7 @@ def swapped(rng: random.Random, directory: Path) -> None:
 
 def escaping_index(rng: random.Random, directory: Path) -> bool:
     """The index names a file that is not in the directory."""
-    index = json.loads((directory / INDEX).read_text())
+    index = json.loads(_content(directory / INDEX))
     key = rng.choice(sorted(index["weight_map"]))
     outside = directory.parent / "outside.safetensors"
     outside.write_bytes((directory / index["weight_map"][key]).read_bytes())
@@ -236,7 +239,7 @@ def escaping_index(rng: random.Random, directory: Path) -> bool:
 
 def huge_counts(rng: random.Random, directory: Path) -> None:
     """A config of a model that no machine holds."""
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads(_content(directory / "config.json"))
     section = config[rng.choice(["text_config", "vision_config"])]
     key = rng.choice([key for key, value in section.items() if type(value) in (int, float, list)])
     value = rng.choice([2**20, 2**31, 2**40, 2**62, 10**30, 10**400])
@@ -246,7 +249,7 @@ def huge_counts(rng: random.Random, directory: Path) -> None:
 
 def quantised(rng: random.Random, directory: Path) -> None:
     """A quantization_config that does not go with the tensors."""
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads(_content(directory / "config.json"))
     section: Any = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
     config["quantization_config"] = _change_node(rng, section)
     (directory / "config.json").write_text(json.dumps(config))
@@ -262,7 +265,7 @@ HF: dict[str, Mutation] = {
     "weights damaged": damaged(shard),
     "weights replaced": replaced(shard),
     "config replaced": replaced(named("config.json")),
-    "side file replaced": lambda rng, directory: replace_file(rng, directory / "tokenizer.json") and None,
+    "side file replaced": replaced(named(SIDE_FILE)),
 }
 SHARDED: dict[str, Mutation] = {
     "index": json_file(named(INDEX)),
