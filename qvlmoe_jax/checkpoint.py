@@ -8,6 +8,7 @@ in place, slice by slice, through one surface: `shapes`, `dtypes`, `read(path, i
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -71,6 +72,11 @@ class ParamStore:
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
+def _largest_file(config: Qwen3VLMoeConfig) -> int:
+    """Bytes of every parameter with its gradient and moments, in float32, and some more for a small model's side files."""
+    return 16 * sum(map(math.prod, param_shapes(config).values())) + (1 << 27)
+
+
 class ConvertedWeights(ParamStore):
     """A converted directory.
 
@@ -85,8 +91,8 @@ class ConvertedWeights(ParamStore):
         checkpoint = directory / CHECKPOINT_DIR
         if not checkpoint.is_dir():
             raise CheckpointError(f"{checkpoint}: not found, expected the Orbax checkpoint beside {CONVERSION_FILE}")
-        check_tree(directory)
         config = Qwen3VLMoeConfig.from_json(directory)
+        check_tree(directory, _largest_file(config))
         self.conversion = read_record(file)
         super().__init__(directory, config, OrbaxArrays(checkpoint / ARRAYS_DIR))
 
@@ -104,8 +110,8 @@ class TrainedWeights(ParamStore):
         directory = Path(directory)
         step = newest_step(directory) if (directory / RUN_CHECKPOINTS).is_dir() else directory
         self.side_directory, self.step = step.parent.parent / RUN_HF, int(step.name)
-        check_tree(step)
         config = Qwen3VLMoeConfig.from_json(self.side_directory)
+        check_tree(step, _largest_file(config))
         super().__init__(directory, config, OrbaxArrays(step / ARRAYS_DIR, prefix=("params",)))
 
 

@@ -49,11 +49,13 @@ def local_file(directory: Path, name: str) -> Path:
     return path
 
 
-def check_tree(directory: Path) -> None:
-    """Everything below `directory` is a regular file or a folder, and no link leaves it.
+def check_tree(directory: Path, largest: int) -> None:
+    """Everything below `directory` is a regular file or a folder, no link leaves it, and no file is larger than `largest` bytes.
+
+    (Whole files are read into memory by libraries that end the process where it does not suffice.)
 
     Raises:
-      CheckpointError: names what is neither.
+      CheckpointError: names what is not so.
     """
     allowed = _allowed(directory.resolve())
     folders = [directory]
@@ -61,6 +63,8 @@ def check_tree(directory: Path) -> None:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
                 path = Path(entry.path)
+                if entry.is_file() and entry.stat().st_size > (MAX_JSON_BYTES if path.suffix == ".json" else largest):
+                    raise CheckpointError(f"{path}: {entry.stat().st_size:,} bytes, more than all of the model; copy it again")
                 if entry.is_symlink():
                     target = _resolve(path, allowed)
                     if not target.is_file() and not target.is_dir():

@@ -1,7 +1,7 @@
 """A process that runs one command line after another, each in a forked child with a cap on memory and time.
 
-Reads one JSON object a line, `{"argv", "log"}`, and answers `{"status", "peak", "err"}`: the exit status (negative: the signal that
-ended it, "hang" after SECONDS), the largest resident size in bytes, and what it said on stderr. Forking spares every case the
+Reads one JSON object a line, `{"argv", "log"}`, and answers `{"status", "peak", "err"}`: the exit status (negative: the signal
+that ended it, "hang" after SECONDS), the largest resident size in bytes, and what it said on stderr. Forking spares every case the
 seconds that importing jax and Orbax takes; nothing here may start a thread before the last fork.
 """
 
@@ -71,13 +71,9 @@ def run(argv: list[str], log: Path) -> dict[str, Any]:
 
 def main() -> None:
     import jax  # noqa: F401
-    from orbax.checkpoint import v1  # noqa: F401
     import tensorstore  # noqa: F401
+    from orbax.checkpoint import v1  # noqa: F401
 
-    import convert.hf2jax
-    import convert.inspect
-    import convert.jax2hf
-    import convert.verify
     import qvlmoe_jax.model  # noqa: F401
 
     print("ready", flush=True)

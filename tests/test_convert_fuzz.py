@@ -1,4 +1,4 @@
-"""Whatever is in its files, a directory is converted or refused in one line: no traceback, hang, flood of memory or half result."""
+"""Whatever a directory holds, it is converted or refused in one line: no traceback, no hang, no flood of memory, no half result."""
 
 from __future__ import annotations
 
