@@ -186,20 +186,36 @@ def load_tree(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       CheckpointError: `target` is not the tree of the directory's config, or the data cannot be read.
     """
-    import jax
     import jax.numpy as jnp
 
     def load(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf.sharding is None:
             return jnp.asarray(weights.read(path, dtype=leaf.dtype))
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: weights.read(path, index, leaf.dtype), dtype=leaf.dtype
-        )
+        return _load_shards(weights, path, leaf, leaf.sharding)
 
     flat = flatten(target)
     check_shapes("the target", weights.shapes, {path: tuple(leaf.shape) for path, leaf in flat.items()})
     assert weights.dtypes  # checks the stored tree against the config
     return nest({path: load(path, leaf) for path, leaf in flat.items()})
+
+
+def _load_shards(weights: Weights, path: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One parameter on this process's devices: each shard is read once, whichever devices hold it, and leaves the host at once.
+
+    (`jax.make_array_from_callback` asks again for every replica, and holds the shards of all local devices in host memory.)
+    """
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    holders: dict[str, tuple[Any, list[jax.Device]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    shards = []
+    for index, devices in holders.values():
+        piece = weights.read(path, index, leaf.dtype)
+        shards += [jax.device_put(piece, SingleDeviceSharding(device, memory_kind=sharding.memory_kind)) for device in devices]
+        del piece
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
 def _hf_config(config: Qwen3VLMoeConfig, dtype: np.dtype) -> dict[str, Any]:

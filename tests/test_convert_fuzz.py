@@ -1,4 +1,4 @@
-"""Whatever a directory holds, it is converted or refused in one line: no traceback, no hang, no flood of memory, no half result."""
+"""Whatever a directory holds, it is converted or refused in one line: no traceback, no hang, no flood of memory, nothing half done."""
 
 from __future__ import annotations
 

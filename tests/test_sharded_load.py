@@ -34,7 +34,8 @@ CONFIG = tiny.variant(
     },
     vision_config={"out_hidden_size": 256},
 )
-MESHES = [{"expert": 8}, {"expert": 2, "fsdp": 4}, {"data": 2, "fsdp": 4}]
+MESHES = [{"expert": 8}, {"expert": 2, "fsdp": 4}, {"fsdp": 2, "data": 4}]
+"""Axes are laid out data first: of the last mesh each process holds both halves of every parameter, twice."""
 
 
 def free_port() -> int:
