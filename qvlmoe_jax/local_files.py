@@ -62,17 +62,18 @@ def check_tree(directory: Path, largest: int) -> None:
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
-                path = Path(entry.path)
-                if entry.is_file() and entry.stat().st_size > (MAX_JSON_BYTES if path.suffix == ".json" else largest):
-                    raise CheckpointError(f"{path}: {entry.stat().st_size:,} bytes, more than all of the model; copy it again")
+                path, target = Path(entry.path), Path(entry.path)
                 if entry.is_symlink():
                     target = _resolve(path, allowed)
-                    if not target.is_file() and not target.is_dir():
-                        raise CheckpointError(f"{path}: a link to nothing, expected a regular file; copy the directory again")
                 elif entry.is_dir():
                     folders.append(path)
-                elif not entry.is_file():
-                    raise CheckpointError(f"{path}: a pipe or device, expected a regular file; remove it")
+                if target.is_dir():
+                    continue
+                if not os.path.isfile(target):
+                    raise CheckpointError(f"{path}: no file, or a pipe or device; expected a regular file, copy it again")
+                size = target.stat().st_size
+                if size > (MAX_JSON_BYTES if path.suffix == ".json" else largest):
+                    raise CheckpointError(f"{path}: {size:,} bytes, more than the whole model has; copy it again")
 
 
 def parse_json(text: bytes, what: str) -> Any:
