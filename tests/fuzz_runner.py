@@ -1,8 +1,8 @@
 """A process that runs one command line after another, each in a forked child with a cap on memory and time.
 
 Reads one JSON object a line, `{"argv", "log"}`, and answers `{"status", "peak", "err"}`: the exit status (negative: the signal
-that ended it, "hang" after SECONDS), the largest resident size in bytes, and what it said on stderr. Forking spares every case the
-seconds that importing jax and Orbax takes; nothing here may start a thread before the last fork.
+that ended it, "hang" after SECONDS), the largest resident size in bytes, and what it said on stderr. Forking spares every case
+the seconds that importing jax and Orbax takes; nothing here may start a thread before the last fork.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whatever a directory holds, it is converted or refused in one line: no traceback, no hang, no flood of memory, nothing half done."""
+"""Whatever a directory holds: converted, or refused in one line. No traceback, hang, flood of memory or half result."""
 
 from __future__ import annotations
 
