@@ -207,7 +207,7 @@ def _load_shards(weights: Weights, path: str, leaf: jax.ShapeDtypeStruct, shardi
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    holders: dict[str, tuple[Any, list[jax.Device]]] = {}
+    holders: dict[str, tuple[Any, list[Any]]] = {}  # by slice: the slice, the devices
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)
     shards = []

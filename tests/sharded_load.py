@@ -49,7 +49,7 @@ def forward(model: Qwen3VLMoeForConditionalGeneration, batch: Any) -> jax.Array:
 
 
 def case(
-    directory: str, sizes: dict[str, int], config: dict[str, Any], inputs: Mapping[str, np.ndarray], largest: list[int]
+    directory: str, sizes: dict[str, Any], config: dict[str, Any], inputs: Mapping[str, np.ndarray], largest: list[int]
 ) -> dict[str, Any]:
     mesh = make_mesh(**sizes)
     before, largest[0] = bytes_read(), 0
@@ -86,7 +86,7 @@ def main() -> None:
         inputs = dict(file)
     largest = [0]
     counted(largest)
-    results = [case(*item, plan["config"], inputs, largest) for item in plan["cases"]]
+    results = [case(directory, sizes, plan["config"], inputs, largest) for directory, sizes in plan["cases"]]
     Path(f"{plan['out']}.{process}.json").write_text(json.dumps(results))
 
 
