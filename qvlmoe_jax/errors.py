@@ -15,3 +15,11 @@ class CheckpointError(QvlmoeError):
 
 class BatchError(QvlmoeError):
     """Model inputs disagree with each other or with the config."""
+
+
+class ProcessorError(QvlmoeError):
+    """A conversation, an option or a processor file cannot be turned into model inputs."""
+
+
+class MediaError(QvlmoeError):
+    """A picture or a video cannot be opened, decoded or resized."""
