@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
 import time
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def _side_files(here: Weights, there: Weights) -> list[str]:
     for name in sorted({*find_side_files(a), *find_side_files(b)}):
         if not (a / name).exists() or not (b / name).exists():
             faults.append(f"{name} is only in {a if (a / name).exists() else b}")
-        elif (a / name).read_bytes() != (b / name).read_bytes() and not (name == "config.json" and cast):
+        elif not filecmp.cmp(a / name, b / name, shallow=False) and not (name == "config.json" and cast):
             faults.append(f"{name} has other contents")
     return faults
 
