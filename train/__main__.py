@@ -46,10 +46,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _plot(arguments: Sequence[str]) -> int:
-    from train.plot import plot
-
     if len(arguments) != 1:
         raise UsageError(f"plot takes one RUN, got {len(arguments)} arguments; see python -m train --help")
+    from train.plot import plot
+
     print(plot(arguments[0]))
     return 0
 

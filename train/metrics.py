@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from train.config import MetricsConfig
@@ -44,6 +43,8 @@ def router_load(tokens_per_expert: Any) -> dict[str, list[float]]:
 
 def memory_gib() -> dict[str, float]:
     """Peak bytes in GiB: of this process, and of the first device where the platform tells."""
+    import jax  # not needed to read or plot metrics
+
     scale = 1 if sys.platform == "darwin" else 1024
     out = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -63,6 +64,8 @@ class Metrics:
         Raises:
           TrainingError: a service's package is not installed.
         """
+        import jax
+
         self._sinks: list[Any] = []
         self._file: Any = None
         if jax.process_index():
