@@ -70,12 +70,6 @@ class Metrics:
         self._file: Any = None
         if jax.process_index():
             return
-        path = Path(run) / METRICS_FILE
-        kept = [line for line in read_metrics(run) if line["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
         name = Path(run).resolve().name
         if config.tensorboard:
             self._sinks.append(_tensorboard(Path(run) / "tensorboard"))
@@ -83,6 +77,12 @@ class Metrics:
             self._sinks.append(_wandb(config.wandb_project or name, name, resolved))
         if config.mlflow:
             self._sinks.append(_mlflow(name, resolved))
+        path = Path(run) / METRICS_FILE
+        kept = [line for line in read_metrics(run) if line["step"] <= resume_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: Mapping[str, Any], *, show: Sequence[str] = ()) -> None:
         """One line of `kind` (train, validation): to the file at once, and the fields of `show` to the terminal."""
