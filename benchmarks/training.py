@@ -123,8 +123,8 @@ def measure(layers: int, pairs: int, profile: str | None) -> tuple[float, dict[s
 def report(billions: float, layers: int, pairs: int, results: dict[str, tuple[list[float], list[float]]]) -> str:
     """The results as Markdown."""
     lines = [
-        f"{billions:.2f} B parameters ({layers} layers, 128 experts, 8 per token, width 512), float32, 2 rows of 512 tokens, {pairs} "
-        "pairs.",
+        f"{billions:.2f} B parameters ({layers} layers, 128 experts, 8 per token, width 512), float32, 2 rows of 512 tokens, "
+        f"{pairs} pairs.",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end; Python "
         f"{platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}.",

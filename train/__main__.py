@@ -81,6 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"plot": _plot, "export": _export}.get(arguments[0])
     try:
         return _train(arguments) if command is None else command(arguments[1:])
+    except ModuleNotFoundError as error:
+        if error.name not in ("yaml", "grain", "pyarrow"):
+            raise
+        print(
+            f"error: training needs the package {error.name}, which is not installed; pip install 'qvlmoe_jax[train]'",
+            file=sys.stderr,
+        )
+        return 2
     except (QvlmoeError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
