@@ -156,7 +156,16 @@ def test_the_module_runs_as_a_command(source: Path, destination: Path) -> None:
     assert (destination / "checkpoint").is_dir()
 
 
-@pytest.mark.parametrize("argv", [[], ["jax2hf", "a"], ["jax2hf", "a", "b", "--max-shard-size", "big"], ["hf2jax", "a"], ["hf2jax", "a", "b", "--dtype", "int8"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["jax2hf", "a"],
+        ["jax2hf", "a", "b", "--max-shard-size", "big"],
+        ["hf2jax", "a"],
+        ["hf2jax", "a", "b", "--dtype", "int8"],
+    ],
+)
 def test_a_wrong_command_line_is_one_line(argv: list[str], capsys: Captured) -> None:
     assert main(argv) == 2
     out, err = capsys.readouterr()

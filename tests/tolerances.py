@@ -26,3 +26,9 @@ BF16_KL_RATIO = 1.25
 
 ABLATION = 10 * LOGITS
 """What a bug must at least change in the logits for the parity tests to be called sensitive to it."""
+
+CURVE = 1e-4
+"""Largest relative difference of a step's loss or gradient norm from the torch loop's, over ten steps."""
+
+SAME_LOSS = 1e-5
+"""Largest relative difference of losses that should be equal: packed or not, accumulated or not, chunked or not, remat or not."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -24,6 +26,7 @@ from qvlmoe_jax.checkpoint import load_params, open_weights
 from train.checkpoints import Checkpoints, decode_iterator, encode_iterator
 from train.config import TrainConfig
 from train.config_tree import plain
+from train.data_config import DataConfig
 from train.errors import TrainingError
 from train.evaluate import make_evaluate, validate
 from train.feed import Counts, DataIterator, Feed, place
@@ -138,16 +141,22 @@ def open_model(config: TrainConfig, mesh: Mesh | None) -> tuple[Qwen3VLMoeForCon
     return abstract, params
 
 
-def open_data(config: TrainConfig, section: Any) -> DataIterator:
-    """The data pipeline of one section (`data` or `validation.data`) for this process."""
+@functools.lru_cache(maxsize=1)  # validation opens its data anew each time, and a real tokenizer takes a second to read
+def _processor(directory: Path) -> Any:
     from qvlmoe_jax.processor import Processor
+
+    return Processor.from_pretrained(directory)
+
+
+def open_data(config: TrainConfig, section: DataConfig) -> DataIterator:
+    """The data pipeline of one section (`data` or `validation.data`) for this process."""
     from train.data import make_data
 
-    hf = Path(config.run) / HF_DIR
+    hf = Path(config.run).resolve() / HF_DIR
     return make_data(
         section,
         Qwen3VLMoeConfig.from_json(hf),
-        Processor.from_pretrained(hf),
+        _processor(hf),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -230,6 +239,7 @@ def train(
             if interval.metrics:  # at most one step is in flight behind the one that starts
                 jax.block_until_ready(interval.metrics[-1]["loss"])
             if compiled is None:
+                feed.waited = 0.0  # opening the data is not waiting for it
                 with interval.pause():
                     compiled = step_fn.lower(state, fed.batch).compile()
             state, step_metrics = compiled(state, fed.batch)  # another shape would be an error, not a second compilation
@@ -275,7 +285,8 @@ def _validation_batches(
     if validation is not None:
         batches = iter(validation())
     else:
-        batches = open_data(config, config.validation.data)
+        section = config.validation.data
+        batches = open_data(config, dataclasses.replace(section, epochs=1) if config.validation.batches is None else section)
     try:
         for batch in itertools.islice(batches, config.validation.batches):
             yield place(batch, mesh)
