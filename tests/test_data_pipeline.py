@@ -23,15 +23,12 @@ import pytest
 
 from qvlmoe_jax import Batch
 from qvlmoe_jax.errors import ConfigError
-from tests.data_cases import config, data_uri, picture_record, png, processor, text_record, write_jsonl
+from tests.data_cases import MODEL_CONFIG, config, data_uri, picture_record, png, processor, text_record, write_jsonl
 from train.data import make_data
 from train.data_config import DataConfig, SourceConfig
 from train.documents import DocumentMaker
 from train.errors import TrainingError
 from train.records import RawRecord
-
-MODEL_CONFIG = processor().config
-assert MODEL_CONFIG is not None
 
 EIGHT_WAYS: list[Any] = [
     '{"messages": [',  # cut off
