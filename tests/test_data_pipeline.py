@@ -191,6 +191,41 @@ def test_a_mixture_keeps_its_weights(folder: Path) -> None:
     assert max(Counter(q for q in seen if q.startswith("l")).values()) == 1, "a large source does not repeat early"
 
 
+def test_a_video_keeps_its_frames_apart_and_in_order(folder: Path) -> None:
+    """A clip between two pictures: each frame its own attention segment, tokens pointing at them in the order of the text."""
+    import av
+
+    with av.open(str(folder / "clip.mp4"), "w") as clip:
+        stream = clip.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(8):
+            pixels = np.full((64, 64, 3), 30 * i, np.uint8)
+            clip.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        clip.mux(stream.encode())
+    content = [{"type": "image"}, {"type": "video"}, {"type": "image"}, {"type": "text", "text": "v"}]
+    video = {
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}],
+        "images": ["good.png", data_uri(1)],
+        "videos": ["clip.mp4"],
+    }
+    path = write_jsonl(folder / "video.jsonl", [text_record("t", "no"), video])
+    settings = config(path, epochs=1, shuffle=False, sequence_length=256, batch_rows=1, vision_groups=1, vision_rows=6)
+    data = open_data(settings)
+    (batch,) = data
+    assert data.get_state()["bad"] == {}
+    index = batch.visual_index[0, 0][batch.visual_index[0, 0] >= 0]
+    rows = index * 4 // 64
+    order = rows[np.r_[True, rows[1:] != rows[:-1]]].tolist()
+    assert len(order) >= 4 and len(set(order)) == len(order), "picture, frames, picture: one vision row each here"
+    brightness = [float(batch.pixel_values[0, 0, row].mean()) for row in order]
+    assert brightness[1:-1] == sorted(brightness[1:-1]) and brightness[-2] - brightness[1] > 0.5
+    maker = DocumentMaker(settings, MODEL_CONFIG, processor())
+    good, other = (maker(RawRecord("r", str(folder), "auto", picture_record("q", "a", x))) for x in ("good.png", data_uri(1)))
+    assert np.array_equal(batch.pixel_values[0, 0, order[0]], good["pixel_values"])
+    assert np.array_equal(batch.pixel_values[0, 0, order[-1]], other["pixel_values"])
+
+
 def test_the_makers_copy_makes_the_same() -> None:
     """What a worker process gets."""
     maker = DocumentMaker(config(Path("unused.jsonl")), MODEL_CONFIG, processor())
