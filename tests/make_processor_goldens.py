@@ -52,6 +52,8 @@ def main() -> None:
         hf = hf_processor.processor(qwen_tokenizer.build(Path(directory)))
         hf.video_processor.fetch_videos = hf_processor.fetch_with_pyav
         for name, case in all_cases():
+            if older and name.removeprefix("video/") in processor_cases.NOT_IN_457:
+                continue
             for key, value in reference(hf, case, older=older).items():
                 if key.startswith("pixel_values"):
                     if not older:
@@ -85,7 +87,7 @@ def reference(hf: Any, case: Case, *, older: bool) -> dict[str, np.ndarray]:
     hf.tokenizer.padding_side = options.pop("padding_side", "left")
     videos = {**options.pop("videos_kwargs", {}), **options}
     if older:
-        videos.pop("cap_pixels_per_frame", None)
+        videos.pop("cap_pixels_per_frame", None)  # its only behaviour is False
     conversations = [case.conversations] if isinstance(case.conversations[0], dict) else case.conversations
     text = [hf.apply_chat_template(one, tokenize=False, **template) for one in conversations]
     pictures = [source for one in conversations for source in _sources(one, ("image", "image_url"))]
