@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import numpy as np
 from jinja2 import ext, nodes, parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -111,9 +112,11 @@ def _plain(value: Any) -> Any:
     """JSON types only; a picture or an array becomes `"<its type>"`. Templates ask whether media keys exist, no more."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):  # their subclasses (enums, ...) carry methods
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    for kind, bare in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):  # subclasses carry methods
         if isinstance(value, kind):
-            return kind(value)
+            return bare(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

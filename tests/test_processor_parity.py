@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qvlmoe_jax.errors import ProcessorError
 from qvlmoe_jax.processor import Processor
 from qvlmoe_jax.processor_files import VideoSettings
 from qvlmoe_jax.resize import resize, smart_resize, smart_resize_video
@@ -92,9 +93,7 @@ def pixels_of(rows: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_videos(
-    processor: Processor, goldens: dict[str, np.ndarray], record: Callable[[str, float], None], name: str
-) -> None:
+def test_videos(processor: Processor, goldens: dict[str, np.ndarray], record: Callable[[str, float], None], name: str) -> None:
     worst = compare(encode(processor, VIDEOS[name], video_prompt="wrapped"), stored(goldens, f"video/{name}"))
     record("processor: grey levels from torchvision's resize, videos", worst)
     assert worst <= GREY_LEVELS
@@ -120,6 +119,17 @@ def test_conversations_of_457(processor: Processor, goldens_457: dict[str, np.nd
     got, expected = encode(processor, CHATS[name]), stored(goldens_457, f"chat/{name}")
     for key in expected:
         np.testing.assert_array_equal(got[key], expected[key], err_msg=key)
+
+
+def test_a_picture_where_the_template_prints_none(processor: Processor) -> None:
+    """transformers drops it from the text and keeps its pixels; the model would fail later, or answer about nothing."""
+    conversation = [{"role": "system", "content": [{"type": "image", "image": processor_cases.picture(64, 64)}]}]
+    with pytest.raises(ProcessorError, match="hold 1 pictures, but their text has 0 placeholders"):
+        processor.encode([*conversation, {"role": "user", "content": "Hi"}])
+
+
+def test_there_are_enough_cases() -> None:
+    assert len(PICTURE_SIZES) >= 40 and len(VIDEOS) >= 12 and len(CHATS) >= 12
 
 
 def test_decode_gives_the_text_back(processor: Processor, goldens: dict[str, np.ndarray]) -> None:
