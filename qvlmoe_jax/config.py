@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from qvlmoe_jax.config_reader import SectionReader, read_rope_theta, rope_section
 from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.fp8_config import parse_quantization
 
 LayerKind = Literal["moe", "dense"]
 
@@ -277,6 +278,8 @@ class Qwen3VLMoeConfig:
     tie_word_embeddings: bool = False
     model_type: str = "qwen3_vl_moe"
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False, repr=False)
+    fp8_block: tuple[int, int] | None = field(default=None, compare=False, hash=False, repr=False)
+    """Block size of a float8 checkpoint's scales. It describes files: parameters are never float8, so `to_hf` leaves it out."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Qwen3VLMoeConfig:
@@ -291,8 +294,8 @@ class Qwen3VLMoeConfig:
         model_type = read.raw("model_type")
         if model_type not in ("qwen3_vl_moe", "qwen3_vl"):
             raise ConfigError(f"config.json: model_type is {model_type!r}, expected 'qwen3_vl_moe' or 'qwen3_vl'")
-        if read.has("quantization_config"):
-            raise ConfigError("config.json: quantization_config is not supported yet, expected unquantised weights")
+        quantization = read.raw("quantization_config")
+        fp8_block = None if quantization is None else parse_quantization(quantization)
         moe = model_type == "qwen3_vl_moe"
         for key in ("text_config", "vision_config"):
             if not read.has(key):
@@ -324,6 +327,7 @@ class Qwen3VLMoeConfig:
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             model_type=model_type,
             extra=read.extra(),
+            fp8_block=fp8_block,
         )
 
     @classmethod

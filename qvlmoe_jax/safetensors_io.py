@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,15 +163,15 @@ def map_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
 def write_safetensors(
     path: str | Path,
     specs: Mapping[str, TensorSpec],
-    read: Callable[[str], np.ndarray],
+    blocks: Callable[[str], Iterable[np.ndarray]],
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes one file, holding one tensor in memory at a time.
+    """Writes one file, holding one block of one tensor in memory at a time.
 
     Args:
       specs: name -> (dtype, shape) of every tensor.
-      read: gives each tensor when its turn comes.
+      blocks: gives each tensor when its turn comes, as one or more arrays whose bytes follow one another.
       metadata: the header's free strings; transformers insists on `format`.
     Raises:
       CheckpointError: a dtype that the format has no name for.
@@ -191,6 +191,10 @@ def write_safetensors(
     with Path(path).open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            tensor = read(name)
-            assert (tensor.dtype, tensor.shape) == specs[name], f"{name}: {tensor.dtype} {tensor.shape}, promised {specs[name]}"
-            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            dtype, shape = specs[name]
+            written = 0
+            for block in blocks(name):
+                assert block.dtype == dtype, f"{name}: {block.dtype}, promised {dtype}"
+                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                written += block.size
+            assert written == math.prod(shape), f"{name}: {written} numbers, promised {shape}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -135,14 +135,14 @@ class SafetensorsCheckpoint:
 
 
 def write_shards(
-    directory: str | Path, specs: Mapping[str, TensorSpec], read: Callable[[str], np.ndarray], *, max_shard_bytes: int
+    directory: str | Path, specs: Mapping[str, TensorSpec], blocks: Callable[[str], Iterable[np.ndarray]], *, max_shard_bytes: int
 ) -> None:
     """Writes tensors in the order of `specs` as the hub does: one file if they fit, else shards and an index.
 
     Args:
       directory: exists.
       specs: name -> (dtype, shape).
-      read: gives each tensor when its turn comes; one is in memory at a time.
+      blocks: as `write_safetensors` takes them.
       max_shard_bytes: of a file's data; a larger tensor gets a file of its own.
     """
     directory = Path(directory)
@@ -157,12 +157,12 @@ def write_shards(
         filled += size
     count = len(groups)
     if count == 1:
-        write_safetensors(directory / SINGLE_FILE, specs, read)
+        write_safetensors(directory / SINGLE_FILE, specs, blocks)
         return
     weight_map = {}
     for i, keys in enumerate(groups):
         name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        write_safetensors(directory / name, {key: specs[key] for key in keys}, read)
+        write_safetensors(directory / name, {key: specs[key] for key in keys}, blocks)
         weight_map.update(dict.fromkeys(keys, name))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
