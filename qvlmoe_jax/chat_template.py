@@ -7,7 +7,7 @@ runs in `ImmutableSandboxedEnvironment` and sees plain data only, so a picture's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from qvlmoe_jax.errors import ProcessorError
 Message = Mapping[str, Any]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names for it in circulation; the first is what templates read
+_BARE: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -114,7 +115,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return _plain(value.item())
-    for kind, bare in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):  # subclasses carry methods
+    for kind, bare in _BARE.items():  # subclasses (enums, ...) carry methods
         if isinstance(value, kind):
             return bare(value)
     if isinstance(value, Mapping):

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,20 +127,21 @@ def _from_frames(source: Any, settings: VideoSettings, metadata: Mapping[str, An
 
 def _from_file(source: Any, settings: VideoSettings, limits: FetchLimits) -> Clip:
     import av  # half a second, and only video files need it
+    from av.error import FFmpegError
 
     stream = open_source(source, limits)
     name = name_of(source, "video")
 
     def opened(use: Callable[[Any], Any]) -> Any:
-        if hasattr(stream, "seek"):
+        if not isinstance(stream, Path):
             stream.seek(0)
         try:
-            with av.open(stream if hasattr(stream, "read") else str(stream)) as container:
+            with av.open(str(stream) if isinstance(stream, Path) else stream) as container:
                 if not container.streams.video:
                     raise MediaError(f"{name} has no video stream; expected a video file")
                 container.streams.video[0].thread_type = "AUTO"
                 return use(container)
-        except (av.FFmpegError, IndexError) as error:
+        except (FFmpegError, IndexError) as error:
             raise MediaError(f"{name} cannot be decoded: {error}; expected a whole, undamaged video") from error
 
     def facts(container: Any) -> tuple[int, float | None]:

@@ -136,7 +136,7 @@ def write_video_files() -> None:
         ("h264_10fps_31frames_uncounted.mkv", "libx264", "10", 31, (48, 64)),
     ):
         with av.open(str(processor_cases.VIDEO_FILES / name), "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(rate))
+            stream: Any = container.add_stream(codec, rate=Fraction(rate))
             stream.height, stream.width = size
             stream.pix_fmt = "yuv420p"
             stream.bit_rate = 40_000

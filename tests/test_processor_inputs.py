@@ -279,7 +279,9 @@ class TestOptions:
         np.testing.assert_allclose(plain, raw / 255, rtol=1e-6)
         per_channel = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
         got = processor.encode(ask(image(256, 256), "?"), images_kwargs=per_channel)["pixel_values"].reshape(-1, 3, 512)
-        expected = (plain.reshape(-1, 3, 512) - np.float32([0.1, 0.2, 0.3])[:, None]) / np.float32([0.5, 0.6, 0.7])[:, None]
+        expected = (plain.reshape(-1, 3, 512) - np.array([0.1, 0.2, 0.3], np.float32)[:, None]) / np.array(
+            [0.5, 0.6, 0.7], np.float32
+        )[:, None]
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
     def test_frames(self, processor: Processor) -> None:
