@@ -18,8 +18,8 @@
 # a picture, routing, DeepStack, the two GELUs.
 #
 # `make notebook` runs it on a small checkpoint with random weights (the numbers must agree, the words mean nothing), and
-# `make notebook MODEL=directory` on any other, Hugging Face's or converted. One model is in memory at a time, 4 bytes a parameter.
-# `WORK=directory` keeps the converted copy. Without torch the comparisons are left out, and each says so.
+# `make notebook MODEL=directory` on any other, Hugging Face's or converted. One model is in memory at a time, 4 bytes a
+# parameter. `WORK=directory` keeps the converted copy. Without torch the comparisons are left out, and each says so.
 
 # %%
 import gc
@@ -140,8 +140,8 @@ inputs = {}
 for name, conversation in CONVERSATIONS.items():
     clips = {"video_metadata": {"fps": 2.0}} if "clip" in name else {}
     inputs[name] = processor.encode(conversation, padding_side="left", **clips)
-    inputs[name]["mm_token_type_ids"] = (
-        1 * (inputs[name]["input_ids"] == config.image_token_id) + 2 * (inputs[name]["input_ids"] == config.video_token_id)
+    inputs[name]["mm_token_type_ids"] = 1 * (inputs[name]["input_ids"] == config.image_token_id) + 2 * (
+        inputs[name]["input_ids"] == config.video_token_id
     )
 
 figure, axes = plt.subplots(1, 6, figsize=(10, 2.6), width_ratios=[1.6, 0.9, 1, 1, 1, 1], layout="constrained")
@@ -309,8 +309,8 @@ for name in ours:
 # %% [markdown]
 # ## Error at every position
 #
-# Each dot is the largest difference over the whole vocabulary at one position of a prompt; blue columns hold a picture or a frame,
-# and rounding alone puts the dots near 1e-6. Dots that climbed towards the dashed line, or a step where a picture begins, would
+# Each dot is the largest difference over the whole vocabulary at one position of a prompt; blue columns hold a picture or a
+# frame, and rounding alone puts the dots near 1e-6. Dots that climbed towards the dashed line, or a step where a picture begins, would
 # be a bug: the tests allow 1e-4.
 
 
@@ -401,7 +401,9 @@ decoder, gelu = text.Qwen3VLMoeTextModel.__call__, layers.gelu
 patch = mock.patch.object
 BUGS = {
     "positions: 1-D instead of M-RoPE": Bug(change=flat),
-    "positions: M-RoPE in chunks": Bug(patch(rope, "mrope_axis", lambda sections, half: np.repeat(np.arange(3), sections)[:half])),
+    "positions: M-RoPE in chunks": Bug(
+        patch(rope, "mrope_axis", lambda sections, half: np.repeat(np.arange(3), sections)[:half])
+    ),
     "attention: q/k norm after the rotation": Bug(patch(text.Qwen3VLMoeTextAttention, "__call__", norm_after_rotation)),
     "vision: frames attend to each other": Bug(
         change=lambda batch: replaced(batch, patch_segment_ids=np.minimum(batch.patch_segment_ids, 1))
@@ -465,9 +467,10 @@ if given is None:  # of other weights nothing is promised: at a usual initialisa
 # %% [markdown]
 # ## Error from layer to layer
 #
-# The error of each layer's output, divided by the output's own size (root mean square), from the embeddings to the final norm.
-# Rounding adds up slowly and keeps its distance (blue); a bug in the vision tower is there from the embeddings on, one in the
-# decoder starts in the layer that it sits in and stays.
+# Each point is the error of one layer's output divided by the output's own size (root mean square), from the embeddings, where
+# text tokens are equal bit for bit and so have no point, to the final norm. Rounding keeps its distance (blue); a bug in the
+# vision tower is there from the embeddings on, one in the decoder begins in its own layer and stays, and a step further on is
+# often one token that a small error has tipped to another expert.
 
 
 # %%
@@ -499,6 +502,11 @@ ax.set(yscale="log", ylim=(1e-8, 10), ylabel=f"relative error to {YARDSTICK}")
 ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 ax.grid(axis="y", color="#e6e6e6", lw=0.6)
 plt.show()
+for name, answer in wrong.items():
+    if name in ("positions: 1-D instead of M-RoPE", "vision: tanh GELU in the mergers"):
+        squared = np.square(answer.hidden[-1, 0].astype(np.float64) - yardstick.hidden[-1, 0]).sum(-1)
+        worst = squared.argmax()
+        print(f"{name}: column {worst} alone makes {squared[worst] / squared.sum():.0%} of the error at the final norm")
 if not TORCH:
     print(NO_TORCH)
 
@@ -548,8 +556,8 @@ plt.show()
 # %% [markdown]
 # ## Which experts the picture's patches go to
 #
-# Above, the first choice of each of the picture's tokens in some layers: its number, and a colour for the nine experts most chosen
-# there. Below, the share of all choices that each expert gets from the picture (bars) and from the text (dots): the dotted line
+# Above, the first choice of each of the picture's tokens in some layers: its number, and a colour for the nine experts most
+# chosen there. Below, the share of all choices that each expert gets from the picture (bars) and from the text (dots): the dotted line
 # is an even spread, and experts that only one of the two uses are what training makes of this, or, here, chance.
 
 # %%
