@@ -15,3 +15,11 @@ class CheckpointError(QvlmoeError):
 
 class BatchError(QvlmoeError):
     """Model inputs disagree with each other or with the config."""
+
+
+class GenerationError(QvlmoeError):
+    """A generation was asked for that cannot be made: sampling values out of range, a cache too small."""
+
+
+class UsageError(QvlmoeError):
+    """The command line itself is wrong."""
