@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.config import Qwen3VLMoeConfig
+from qvlmoe_jax.generation_config import GenerationConfig
 from qvlmoe_jax.layers import Embed, Linear, einsum, truncated_normal
 from qvlmoe_jax.moe import RouterStats
 from qvlmoe_jax.sharding import BATCH, constrain, tree_shardings
@@ -161,6 +162,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
     Attributes:
       model: `Qwen3VLMoeModel`.
       lm_head: `Linear [D,V]`, or None when tied to the embedding.
+      generation_config: the checkpoint's stop tokens and sampling values; empty for a model made from a config.
     """
 
     def __init__(
@@ -171,7 +173,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         backend: BackendConfig | None = None,
     ):
-        self.config = config
+        self.config, self.generation_config = config, GenerationConfig()
         self.backend = (backend or BackendConfig()).resolve(jax.default_backend())
         self.model = Qwen3VLMoeModel(config, backend=self.backend, dtype=dtype, rngs=rngs)
         D, V = config.text_config.hidden_size, config.text_config.vocab_size
@@ -269,6 +271,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
 
         config = Qwen3VLMoeConfig.from_json(directory)
         model = cls.abstract(config, backend=backend)
+        model.generation_config = GenerationConfig.from_directory(directory, config.to_hf())
         return model.with_params(checkpoint.load_params(directory, config, dtype=dtype, mesh=mesh))
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
