@@ -23,3 +23,11 @@ class GenerationError(QvlmoeError):
 
 class UsageError(QvlmoeError):
     """The command line itself is wrong."""
+
+
+class ProcessorError(QvlmoeError):
+    """A conversation, an option or a processor file cannot be turned into model inputs."""
+
+
+class MediaError(QvlmoeError):
+    """A picture or a video cannot be opened, decoded or resized."""

@@ -138,11 +138,11 @@ class _Layout:
         start, capacity = (0, None) if cache is None else (int(cache.length), cache.capacity)
         if cache is not None and cache.tokens.shape[0] != B:
             raise GenerationError(f"the cache has {cache.tokens.shape[0]} rows, the batch {B}; make one with init_cache(config, {B}, ...)")
-        chunk = bucket(end) if prefill_chunk is None else prefill_chunk
+        chunk = min(prefill_chunk or bucket(end), bucket(end))
         columns = -(-end // chunk) * chunk
         if capacity is None:
             capacity = max(columns, bucket(end)) + bucket(max_new_tokens)
-        elif prefill_chunk is None:
+        elif chunk == columns:
             chunk = columns = min(columns, max(capacity - start, end))
         needed = start + max(columns, end + max_new_tokens)
         if needed > capacity:

@@ -1,0 +1,353 @@
+"""Processor: messages, pictures and videos to what the model reads, without torch or transformers.
+
+Computes what transformers' Qwen3VLProcessor does (models/qwen3_vl/processing_qwen3_vl.py), from the checkpoint's own files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from qvlmoe_jax.chat_template import ChatTemplate
+from qvlmoe_jax.config import Qwen3VLMoeConfig
+from qvlmoe_jax.conversation import read_conversations
+from qvlmoe_jax.errors import MediaError, ProcessorError
+from qvlmoe_jax.images import load_image
+from qvlmoe_jax.patches import patchify
+from qvlmoe_jax.processor_files import ImageSettings, VideoSettings, read_settings
+from qvlmoe_jax.resize import resize, smart_resize
+from qvlmoe_jax.sources import FetchLimits
+from qvlmoe_jax.tokenizer import Tokenizer, read_json
+from qvlmoe_jax.videos import Clip, load_clip
+
+if TYPE_CHECKING:
+    from qvlmoe_jax.batch import Batch
+
+VideoPrompt = Literal["replaced", "wrapped"]
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The files of one checkpoint, read.
+
+    Attributes:
+      tokenizer, chat_template, images, videos: the parts.
+      config: None where the directory has no config.json; then `encode` works and calling does not.
+      video_prompt: what becomes of the vision_start ... vision_end pair that the template prints around a video: "replaced" by
+        the frames' own pairs, as the released models were trained and transformers 4.57 does, or "wrapped" around them, as
+        transformers 5.x does.
+      limits: what fetching a URL may cost.
+    """
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    images: ImageSettings
+    videos: VideoSettings
+    config: Qwen3VLMoeConfig | None = None
+    video_prompt: VideoPrompt = "replaced"
+    limits: FetchLimits = FetchLimits()  # noqa: RUF009 - frozen
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        video_prompt: VideoPrompt = "replaced",
+        fetch_seconds: float = 30.0,
+        fetch_bytes: int = 256 * 2**20,
+    ) -> Processor:
+        """Reads an HF directory or a converted one (they hold the same processor files).
+
+        Args:
+          fetch_seconds, fetch_bytes: the most that one http(s) picture or video may take.
+        Raises:
+          ProcessorError, ConfigError: a file that is missing, damaged or contradicts another one.
+        """
+        folder = Path(directory)
+        if not folder.is_dir():
+            raise ProcessorError(f"{folder} is not a directory, expected a checkpoint with its tokenizer and processor files")
+        if video_prompt not in ("replaced", "wrapped"):
+            raise ProcessorError(f"video_prompt is {video_prompt!r}, expected 'replaced' or 'wrapped'")
+        tokenizer = Tokenizer.from_pretrained(folder)
+        source = _template_source(folder, tokenizer)
+        images, videos = read_settings(folder)
+        config_dict = read_json(folder / "config.json")
+        config = None if config_dict is None else Qwen3VLMoeConfig.from_hf(config_dict)
+        processor = cls(
+            tokenizer=tokenizer,
+            chat_template=None if source is None else ChatTemplate(source, tokenizer.special_tokens),
+            images=images,
+            videos=videos,
+            config=config,
+            video_prompt=video_prompt,
+            limits=FetchLimits(fetch_seconds, fetch_bytes),
+        )
+        processor._check()
+        return processor
+
+    def __call__(
+        self,
+        conversations: Any,
+        add_generation_prompt: bool = True,
+        *,
+        text_length: int | None = None,
+        vision_rows: int | None = None,
+        row_patches: int | None = None,
+        groups: int = 1,
+        **options: Any,
+    ) -> Batch:
+        """`encode`, and the result as a Batch of static shapes.
+
+        Args:
+          text_length, vision_rows, row_patches, groups: as in `Batch.from_hf`; None = the smallest bucket that fits.
+          options: `encode`'s.
+        """
+        from qvlmoe_jax.batch import Batch  # waits for jax
+
+        if self.config is None:
+            raise ProcessorError("this checkpoint directory has no config.json, which a Batch needs; encode() works without")
+        arrays = self.encode(conversations, add_generation_prompt, **options)
+        return Batch.from_hf(
+            self.config, **arrays, text_length=text_length, vision_rows=vision_rows, row_patches=row_patches, groups=groups
+        )
+
+    def encode(
+        self,
+        conversations: Any,
+        add_generation_prompt: bool = True,
+        *,
+        padding_side: PaddingSide | None = None,
+        video_prompt: VideoPrompt | None = None,
+        images_kwargs: Mapping[str, Any] | None = None,
+        videos_kwargs: Mapping[str, Any] | None = None,
+        video_metadata: Sequence[Mapping[str, Any] | None] | Mapping[str, Any] | None = None,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        do_sample_frames: bool | None = None,
+        cap_pixels_per_frame: bool | None = None,
+        max_video_tokens: int | None = None,
+        **template_options: Any,
+    ) -> dict[str, np.ndarray]:
+        """Arrays under HF's names, of B conversations padded to the longest, L columns.
+
+        Args:
+          conversations: HF's list of messages, or a list of such lists. A content part is `{"type": "text", "text": ...}`,
+            `{"type": "image", "image": ...}` (also under url, path, base64, image_url) or `{"type": "video", "video": ...}`.
+          add_generation_prompt: ends with the header of the assistant's turn.
+          padding_side: None is what tokenizer_config.json says, else "left", as generation needs.
+          images_kwargs, videos_kwargs: changes to the settings, under HF's names (`size`, `min_pixels`, `do_resize`, ...).
+          video_metadata: of videos given as frames, one dict per video in reading order: `fps`, `frames_indices`.
+          fps, num_frames, do_sample_frames: which frames of the videos to look at.
+          cap_pixels_per_frame, max_video_tokens: limit each frame of a video.
+          template_options: `tools`, `documents`, `continue_final_message` and whatever else the chat template reads.
+        Returns:
+          input_ids and attention_mask `[B,L]` int64; where there are pictures pixel_values `[patches,C*t*p*p]` float32 and
+          image_grid_thw `[images,3]` int64; where there are videos pixel_values_videos and video_grid_thw.
+        Raises:
+          ProcessorError: the conversations or options; MediaError: a picture or a video.
+        """
+        if self.chat_template is None:
+            raise ProcessorError(
+                "this checkpoint directory has no chat template; expected chat_template.jinja, chat_template.json or a "
+                "chat_template in tokenizer_config.json"
+            )
+        read = read_conversations(conversations)
+        prompts = [
+            self.chat_template.render(one.messages, add_generation_prompt=add_generation_prompt, **template_options)
+            for one in read
+        ]
+        image_settings = self.images.replace("images_kwargs", **(images_kwargs or {}))
+        video_settings = self.videos.replace(
+            "videos_kwargs",
+            **{"cap_pixels_per_frame": cap_pixels_per_frame, "max_video_tokens": max_video_tokens, **(videos_kwargs or {})},
+        ).sampling(fps=fps, num_frames=num_frames, do_sample_frames=do_sample_frames)
+
+        pictures = [source for one in read for source in one.images]
+        videos = [source for one in read for source in one.videos]
+        metadata = _per_video(video_metadata, len(videos))
+        result: dict[str, np.ndarray] = {}
+        image_tokens: list[int] = []
+        clips: list[_ClipPrompt] = []
+        if pictures:
+            rows, grids = _gather(_in_threads(partial(self._picture_rows, settings=image_settings), pictures))
+            result["pixel_values"], result["image_grid_thw"] = rows, grids
+            image_tokens = (grids.prod(1) // image_settings.merge_size**2).tolist()
+        if videos:
+            loaded = [load_clip(v, video_settings, metadata=m, limits=self.limits) for v, m in zip(videos, metadata, strict=True)]
+            rows, grids = _gather([_rows(clip.frames, video_settings) for clip in loaded])
+            result["pixel_values_videos"], result["video_grid_thw"] = rows, grids
+            merge_unit = video_settings.merge_size**2
+            clips = [_ClipPrompt(clip, int(h * w) // merge_unit) for clip, (_, h, w) in zip(loaded, grids, strict=True)]
+        ids = self._tokenize(prompts, image_tokens, clips, video_prompt or self.video_prompt)
+        side = padding_side or self.tokenizer.padding_side or "left"
+        return {**_padded(ids, self.tokenizer.pad_token_id, side), **result}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        """The text of one row of ids; `skip_special_tokens=False` keeps the markers of turns, vision and padding."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, ids: Iterable[Any], skip_special_tokens: bool = True) -> list[str]:
+        """`decode` of each row."""
+        return [self.decode(row, skip_special_tokens) for row in ids]
+
+    def _picture_rows(self, source: Any, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+        image = load_image(source, self.limits)
+        factor = settings.patch_size * settings.merge_size
+        height, width = image.height, image.width
+        if settings.do_resize:
+            height, width = smart_resize(
+                height, width, factor=factor, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels
+            )
+        elif height % factor or width % factor:
+            raise MediaError(f"the picture is {width} x {height} and do_resize is off; expected multiples of {factor}")
+        return _rows(resize(image, height, width, settings.resample)[None], settings)
+
+    def _tokenize(
+        self, prompts: list[str], image_tokens: list[int], clips: list[_ClipPrompt], video_prompt: VideoPrompt
+    ) -> list[np.ndarray]:
+        """Ids of the prompts with placeholders as many as there are visual tokens.
+
+        A run of placeholders is tokenized as one and repeated afterwards: it is a special token, which the tokenizer cuts out
+        before it looks at anything else, and a large picture has thousands.
+        """
+        image, video = self._token("image_token", "<|image_pad|>"), self._token("video_token", "<|video_pad|>")
+        start, end = self._token("vision_start_token", "<|vision_start|>"), self._token("vision_end_token", "<|vision_end|>")
+        found = [sum(prompt.count(token) for prompt in prompts) for token in (image, video)]
+        for kind, token, count, given in zip(
+            ("pictures", "videos"), (image, video), found, (len(image_tokens), len(clips)), strict=True
+        ):
+            if count != given:
+                raise ProcessorError(
+                    f"the conversations hold {given} {kind}, but their text has {count} placeholders {token}; expected one each "
+                    "(pictures belong in user or tool messages, and the placeholder itself in no text)"
+                )
+        waiting = iter(clips)
+        replaced = re.escape(start + video + end) + "|" + re.escape(video) if video_prompt == "replaced" else re.escape(video)
+        texts = [re.sub(replaced, lambda _: next(waiting).text(start, video, end), prompt) for prompt in prompts]
+        bos = self.tokenizer.special_tokens.get("bos_token")
+        ids = self.tokenizer.encode(texts, add_special_tokens=not (bos and texts[0].startswith(bos)))
+        counts = {
+            self.tokenizer.id_of(image): iter(image_tokens),
+            self.tokenizer.id_of(video): (clip.tokens for clip in clips for _ in clip.clip.timestamps),
+        }
+        return [_repeat(row, counts) for row in ids]
+
+    def _token(self, name: str, default: str) -> str:
+        """A vision token's text: tokenizer_config.json may name it (HF reads `tokenizer.image_token`)."""
+        extra = self.tokenizer.config.get("extra_special_tokens")
+        named = self.tokenizer.config.get(name) or (extra.get(name) if isinstance(extra, Mapping) else None)
+        return (named["content"] if isinstance(named, Mapping) else named) or default
+
+    def _check(self) -> None:
+        """The vocabulary and the processor files against config.json."""
+        if self.config is None:
+            return
+        for name, default, key in (
+            ("image_token", "<|image_pad|>", "image_token_id"),
+            ("video_token", "<|video_pad|>", "video_token_id"),
+        ):
+            token = self._token(name, default)
+            expected = getattr(self.config, key)
+            if (found := self.tokenizer.id_of(token)) not in (expected, None):
+                raise ProcessorError(
+                    f"the tokenizer gives {token} the id {found}, but config.json's {key} is {expected}; "
+                    "expected files of the same checkpoint"
+                )
+        vision = self.config.vision_config
+        for what, settings in (("preprocessor_config.json", self.images), ("video_preprocessor_config.json", self.videos)):
+            for name, expected in (
+                ("patch_size", vision.patch_size),
+                ("temporal_patch_size", vision.temporal_patch_size),
+                ("merge_size", vision.spatial_merge_size),
+            ):
+                if getattr(settings, name) != expected:
+                    raise ProcessorError(
+                        f"{what}: {name} is {getattr(settings, name)}, but config.json's vision_config has {expected}; "
+                        "expected files of the same checkpoint"
+                    )
+
+
+@dataclass(frozen=True)
+class _ClipPrompt:
+    """tokens: visual tokens of one temporal patch."""
+
+    clip: Clip
+    tokens: int
+
+    def text(self, start: str, video: str, end: str) -> str:
+        return "".join(f"<{seconds:.1f} seconds>{start}{video}{end}" for seconds in self.clip.timestamps)
+
+
+def _template_source(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """transformers' order: chat_template.jinja, chat_template.json, then tokenizer_config.json (a text, or named texts)."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for found in (read_json(folder / "chat_template.json") or {}, tokenizer.config):
+        source = found.get("chat_template")
+        if isinstance(source, list):
+            source = {entry["name"]: entry["template"] for entry in source}
+        if isinstance(source, Mapping):
+            source = source.get("default")
+        if source:
+            return source
+    return None
+
+
+def _rows(frames: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+    return patchify(
+        frames,
+        patch=settings.patch_size,
+        merge=settings.merge_size,
+        temporal=settings.temporal_patch_size,
+        **settings.normalisation(),
+    )
+
+
+def _gather(parts: list[tuple[np.ndarray, tuple[int, int, int]]]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [part[0] for part in parts]
+    return (rows[0] if len(rows) == 1 else np.concatenate(rows)), np.array([part[1] for part in parts], np.int64)
+
+
+def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Pillow decodes and resizes, and numpy copies, without Python's lock."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1, 16)) as pool:
+        return list(pool.map(work, items))
+
+
+def _per_video(metadata: Any, count: int) -> list[Mapping[str, Any] | None]:
+    entries = [metadata] if isinstance(metadata, Mapping) else list(metadata or [None] * count)
+    if len(entries) != count:
+        raise ProcessorError(f"video_metadata has {len(entries)} entries for {count} videos; expected one each")
+    return entries
+
+
+def _repeat(ids: np.ndarray, counts: Mapping[int | None, Iterator[int]]) -> np.ndarray:
+    repeats = np.ones(len(ids), np.int64)
+    for token, waiting in counts.items():
+        for at in np.flatnonzero(ids == token) if token is not None else ():
+            repeats[at] = next(waiting)
+    return np.repeat(ids, repeats)
+
+
+def _padded(rows: list[np.ndarray], pad: int, side: str) -> dict[str, np.ndarray]:
+    if side not in ("left", "right"):
+        raise ProcessorError(f"padding_side is {side!r}, expected 'left' or 'right'")
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad, np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for b, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[b, where] = row
+        mask[b, where] = 1
+    return {"input_ids": ids, "attention_mask": mask}
