@@ -97,3 +97,15 @@ CACHE_SPEC = (BATCH, None, "tensor", None)
 
 def _text(config: Qwen3VLMoeConfig | Qwen3VLMoeTextConfig) -> Qwen3VLMoeTextConfig:
     return config.text_config if isinstance(config, Qwen3VLMoeConfig) else config
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def grow(cache: KVCache, length: int) -> KVCache:
+    """The same conversation with room for `length` columns."""
+    more = length - cache.capacity
+    return dataclasses.replace(
+        cache,
+        k=constrain(jnp.pad(cache.k, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), *CACHE_SPEC),
+        v=constrain(jnp.pad(cache.v, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), *CACHE_SPEC),
+        tokens=constrain(jnp.pad(cache.tokens, ((0, 0), (0, more)), constant_values=-1), BATCH, None),
+    )
