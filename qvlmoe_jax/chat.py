@@ -18,6 +18,9 @@ from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
 if TYPE_CHECKING:
     from qvlmoe_jax.processor import Processor
 
+MIN_COLUMNS = 1024
+"""Of a conversation's cache: each growth compiles the decoding loop again, so the first turns should not need one."""
+
 
 class TextStream:
     """Token ids to text, piece by piece: a piece ends where the bytes so far are whole characters."""
@@ -155,7 +158,7 @@ class Chat:
     def _with_room(self, length: int) -> KVCache:
         if self._cache is None:
             dtype = self.model.get_input_embeddings().weight.dtype
-            return init_cache(self.model.config, 1, bucket(length), dtype=dtype)
+            return init_cache(self.model.config, 1, bucket(max(length, MIN_COLUMNS)), dtype=dtype)
         return self._cache if length <= self._cache.capacity else grow(self._cache, bucket(length))
 
 
