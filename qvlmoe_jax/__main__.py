@@ -118,13 +118,13 @@ def _generate(args: argparse.Namespace) -> None:
     Sampling.of(**sampling)
     if args.max_new_tokens < 1 or args.prefill_chunk < 1:
         raise UsageError("--max-new-tokens and --prefill-chunk: expected positive numbers")
-    persistent_cache()
-    log = CompileLog()
     try:
         mesh = None if mesh_sizes is None else make_mesh(**mesh_sizes)
     except ValueError as error:
         raise UsageError(f"--mesh: {error}") from error
 
+    persistent_cache()
+    log = CompileLog()
     _note(f"loading {args.directory} ...")
     start = time.perf_counter()
     model = Qwen3VLMoeForConditionalGeneration.from_pretrained(

@@ -6,7 +6,6 @@ bucket: the vision tower, a run of prompt columns, and the decoding loop.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

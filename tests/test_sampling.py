@@ -20,7 +20,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "hot": {"temperature": 1.9},
     "top_k": {"temperature": 1.0, "top_k": 7},
     "top_p": {"temperature": 1.3, "top_p": 0.8},
-    "min_p": {"temperature": 1.0, "min_p": 0.05},
+    "min_p": {"temperature": 1.6, "min_p": 0.04},
     "all": {"temperature": 1.8, "top_k": 20, "top_p": 0.9, "min_p": 0.04},
     "top_k above the vocabulary": {"temperature": 1.0, "top_k": 10 * VOCAB},
 }
