@@ -45,11 +45,6 @@ class KVCache:
         """S."""
         return self.k.shape[2]
 
-    @property
-    def segment_ids(self) -> jax.Array:
-        """`[B,S]` int32, 1 where a column holds a token: the keys' side of the attention mask."""
-        return (self.tokens >= 0).astype(jnp.int32)
-
     def refill(self, other: KVCache) -> None:
         """Takes over the arrays of `other`."""
         for field in dataclasses.fields(self):

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qvlmoe_jax.attention import attention
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.cache import CACHE_SPEC, KVCache
+from qvlmoe_jax.cached_attention import cached_attention
 from qvlmoe_jax.layer_plan import Run, plan_layers
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.sharding import BATCH, constrain
@@ -128,6 +128,7 @@ def _scan(
 ) -> tuple[jax.Array, KVCache]:
     """The run's layers in order. The cache is carried, not scanned over: a carry is updated where it lies."""
     levels = 0 if deepstack is None else deepstack.shape[0]
+    held = cache.tokens >= 0
 
     def body(carry: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array) -> tuple[Any, None]:
         x, k, v = carry
@@ -136,14 +137,8 @@ def _scan(
             with jax.named_scope("attention"):
                 q, new_k, new_v = layer.self_attn.heads(layer.input_layernorm(x), rotary)
                 k, v = (_write(a, new, number, cache.length) for a, new in ((k, new_k), (v, new_v)))
-                heads = attention(
-                    q,
-                    *(constrain(a[number], *CACHE_SPEC) for a in (k, v)),
-                    segment_ids=segment_ids,
-                    key_segment_ids=cache.segment_ids,
-                    first=cache.length,
-                    causal=True,
-                    backend=text.backend,
+                heads = cached_attention(
+                    q, k, v, layer=number, valid_BS=held, first=cache.length, block=text.backend.attention_chunk
                 )
                 x = x + layer.self_attn.o_proj(heads)
             x, _ = layer.feed_forward(x, segment_ids > 0, stacked_layer=index)
@@ -166,4 +161,5 @@ def _layer(stacked: Qwen3VLMoeTextDecoderLayer, index: jax.Array) -> Qwen3VLMoeT
 
 
 def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, column: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(cache_LBSKH, new_BTKH[None].astype(cache_LBSKH.dtype), (layer, 0, column, 0, 0))
+    new = new_BTKH[None].astype(cache_LBSKH.dtype)
+    return constrain(jax.lax.dynamic_update_slice(cache_LBSKH, new, (layer, 0, column, 0, 0)), *CACHE_SPEC)
