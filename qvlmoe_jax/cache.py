@@ -45,6 +45,16 @@ class KVCache:
         """S."""
         return self.k.shape[2]
 
+    def pinned(self) -> KVCache:
+        """With its layout over the active mesh stated: a step's output then has the layout of its input, and compiles once."""
+        return KVCache(
+            k=constrain(self.k, *CACHE_SPEC),
+            v=constrain(self.v, *CACHE_SPEC),
+            tokens=constrain(self.tokens, BATCH, None),
+            next_position=constrain(self.next_position, BATCH),
+            length=constrain(self.length),
+        )
+
     def refill(self, other: KVCache) -> None:
         """Takes over the arrays of `other`."""
         for field in dataclasses.fields(self):
@@ -78,12 +88,12 @@ def init_cache(
 def _zeros(config: Qwen3VLMoeTextConfig, batch_size: int, length: int, dtype: np.dtype) -> KVCache:
     shape = (config.num_hidden_layers, batch_size, length, config.num_key_value_heads, config.head_dim)
     return KVCache(
-        k=constrain(jnp.zeros(shape, dtype), *CACHE_SPEC),
-        v=constrain(jnp.zeros(shape, dtype), *CACHE_SPEC),
-        tokens=constrain(jnp.full((batch_size, length), -1, jnp.int32), BATCH, None),
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        tokens=jnp.full((batch_size, length), -1, jnp.int32),
         next_position=jnp.zeros(batch_size, jnp.int32),
         length=jnp.zeros((), jnp.int32),
-    )
+    ).pinned()
 
 
 CACHE_SPEC = (BATCH, None, "tensor", None)
@@ -98,9 +108,10 @@ def _text(config: Qwen3VLMoeConfig | Qwen3VLMoeTextConfig) -> Qwen3VLMoeTextConf
 def grow(cache: KVCache, length: int) -> KVCache:
     """The same conversation with room for `length` columns."""
     more = length - cache.capacity
+    columns = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
     return dataclasses.replace(
         cache,
-        k=constrain(jnp.pad(cache.k, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), *CACHE_SPEC),
-        v=constrain(jnp.pad(cache.v, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), *CACHE_SPEC),
-        tokens=constrain(jnp.pad(cache.tokens, ((0, 0), (0, more)), constant_values=-1), BATCH, None),
-    )
+        k=jnp.pad(cache.k, columns),
+        v=jnp.pad(cache.v, columns),
+        tokens=jnp.pad(cache.tokens, ((0, 0), (0, more)), constant_values=-1),
+    ).pinned()

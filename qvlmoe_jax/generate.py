@@ -90,7 +90,7 @@ def generate(
             for step in range(1, max_new_tokens):
                 cache, ahead = _advance(model, cache, progress, rules, step + 1)
                 on_token(np.asarray(progress.tokens))  # waits for this step while the next one runs
-                if np.all(progress.done):
+                if np.asarray(progress.done).all():
                     break
                 progress = ahead
             else:
@@ -213,6 +213,10 @@ class _Progress:
     seen: jax.Array | None
     generated: jax.Array | None
 
+    def pinned(self) -> _Progress:
+        """With its layout over the active mesh stated, as `KVCache.pinned`."""
+        return jax.tree.map(lambda a: constrain(a, *(BATCH, None)[: a.ndim]), self)
+
 
 @partial(jax.jit, static_argnames="length")
 def _first_token(model: Any, hidden: jax.Array, history: jax.Array, rules: _Rules, length: int) -> _Progress:
@@ -242,7 +246,7 @@ def _next_token(logits: jax.Array, progress: _Progress, rules: _Rules) -> _Progr
     def marked(seen: jax.Array | None) -> jax.Array | None:
         return None if seen is None else mark(seen, tokens[:, None], real[:, None])
 
-    after = _Progress(
+    return _Progress(
         answer=jax.lax.dynamic_update_slice(progress.answer, tokens[:, None], (0, progress.step)),
         step=progress.step + 1,
         tokens=tokens,
@@ -250,9 +254,7 @@ def _next_token(logits: jax.Array, progress: _Progress, rules: _Rules) -> _Progr
         done=progress.done | ended,
         seen=marked(progress.seen),
         generated=marked(progress.generated),
-    )
-    # Pinned, so that a step's output has the layout of its input: else the second step would compile again.
-    return jax.tree.map(lambda a: constrain(a, *((BATCH, None) if a.ndim == 2 else (None,) * a.ndim)), after)
+    ).pinned()
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -267,7 +269,8 @@ def _advance(model: Any, cache: KVCache, progress: _Progress, rules: _Rules, unt
         logits, cache = decode_step(model, progress.tokens, cache, progress.real)
         return cache, _next_token(logits, progress, rules)
 
-    return jax.lax.while_loop(unfinished, one, (cache, progress))
+    cache, progress = jax.lax.while_loop(unfinished, one, (cache, progress))
+    return cache.pinned(), progress.pinned()  # the loop may lay out its state in its own way
 
 
 @partial(jax.jit, donate_argnames="cache")

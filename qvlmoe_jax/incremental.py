@@ -58,7 +58,7 @@ def decode_step(
         "position_ids": jnp.broadcast_to(cache.next_position[:, None], (3, B, 1)),
     }
     x, cache = extend(model, columns, None, cache)
-    return head(model, x[:, 0]), dataclasses.replace(cache, length=cache.length + 1)
+    return head(model, x[:, 0]), dataclasses.replace(cache, length=cache.length + 1).pinned()
 
 
 def text_columns(batch: Batch, position_ids: jax.Array) -> dict[str, jax.Array]:
@@ -83,7 +83,8 @@ def read(
     column = jnp.arange(valid.shape[1])
     last = jnp.max(jnp.where(valid, column, -1), axis=1)
     own = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((last >= 0)[:, None], own, hidden), dataclasses.replace(cache, length=cache.length + jnp.max(last) + 1)
+    hidden = constrain(jnp.where((last >= 0)[:, None], own, hidden), BATCH, None)
+    return hidden, dataclasses.replace(cache, length=cache.length + jnp.max(last) + 1).pinned()
 
 
 def head(model: Qwen3VLMoeForConditionalGeneration, hidden: jax.Array) -> jax.Array:
