@@ -53,7 +53,7 @@ def jax2hf(
     weights = open_weights(source)
     if not isinstance(weights, ConvertedWeights | TrainedWeights):
         raise CheckpointError(f"{source}: a Hugging Face checkpoint already, expected a converted directory or a training run")
-    side = weights.side_directory if isinstance(weights, TrainedWeights) else source
+    side = weights.side_directory
     side_files = find_side_files(side)
     rows = {row.key: row for row in expand(weights.config)}
     dtypes = tensor_dtypes(weights, side)

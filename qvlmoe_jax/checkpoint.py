@@ -45,12 +45,13 @@ class ParamStore:
 
     Attributes:
       directory: what the user named.
+      side_directory: where config, tokenizer and processor files lie.
       config: of the model.
       shapes, dtypes: parameter path -> shape, dtype on disk.
     """
 
     def __init__(self, directory: Path, config: Qwen3VLMoeConfig, arrays: OrbaxArrays):
-        self.directory, self.config = directory, config
+        self.directory, self.side_directory, self.config = directory, directory, config
         self.shapes = param_shapes(config)
         self._arrays = arrays
 
@@ -101,7 +102,6 @@ class TrainedWeights(ParamStore):
     """The parameters of a training run: `RUN` (its newest step) or `RUN/checkpoints/STEP`; config and side files are in `RUN/hf`.
 
     Attributes:
-      side_directory: RUN/hf.
       step: the number of the step.
     """
 
@@ -109,10 +109,11 @@ class TrainedWeights(ParamStore):
         """Raises CheckpointError or ConfigError if a part is missing."""
         directory = Path(directory)
         step = newest_step(directory) if (directory / RUN_CHECKPOINTS).is_dir() else directory
-        self.side_directory, self.step = step.parent.parent / RUN_HF, int(step.name)
-        config = Qwen3VLMoeConfig.from_json(self.side_directory)
+        side = step.parent.parent / RUN_HF
+        config = Qwen3VLMoeConfig.from_json(side)
         check_tree(step, _largest_file(config))
         super().__init__(directory, config, OrbaxArrays(step / ARRAYS_DIR, prefix=("params",)))
+        self.side_directory, self.step = side, int(step.name)
 
 
 def newest_step(run: Path) -> Path:

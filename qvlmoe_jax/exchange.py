@@ -3,7 +3,7 @@
 Each device sends every other only the rows that it owns, so wire bytes follow the routing; an all-gather sends every token to
 every device. It pays above some 8 expert shards (docs/scaling.md).
 
-S tokens of this device, k choices, R = S*k rows, D hidden, W devices on the `expert` axis, E experts in all, e = E/W of this device.
+S tokens of this device, k choices, R = S*k rows, D hidden, W devices on the `expert` axis, E experts, e = E/W of this device.
 """
 
 from __future__ import annotations

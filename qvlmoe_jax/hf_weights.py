@@ -31,7 +31,7 @@ class HFWeights:
     """A Hugging Face checkpoint directory laid against the table. Nothing but headers is read until a parameter is.
 
     Attributes:
-      directory: where it lies.
+      directory, side_directory: where it lies.
       config: from its config.json.
       files: its tensors by the names on disk.
       match: the table's rows for it, the expert layout found, and the scales of float8 tensors.
@@ -41,7 +41,7 @@ class HFWeights:
 
     def __init__(self, directory: str | Path):
         """Raises CheckpointError or ConfigError, naming the file, key or tensor, if the directory is not a whole checkpoint."""
-        self.directory = Path(directory)
+        self.directory = self.side_directory = Path(directory)
         self.files = SafetensorsCheckpoint(self.directory)
         if (self.directory / "config.json").is_symlink():
             local_file(self.directory, "config.json")
