@@ -14,12 +14,12 @@
 # # Are these the original's numbers?
 #
 # A checkpoint is converted and opened by this package and by `transformers`; both get the same pictures, clips and questions, in
-# float32, and their answers are laid side by side. After that come the parts that ports of this model get wrong: positions over
-# a picture, routing, DeepStack, the two GELUs.
+# float32, and their answers are laid side by side. After that come the parts that ports of this model get wrong: positions over a
+# picture, routing, DeepStack, the two GELUs.
 #
-# `make notebook` runs it on a small checkpoint with random weights (the numbers must agree, the words mean nothing), and
-# `make notebook MODEL=directory` on any other, Hugging Face's or converted. One model is in memory at a time, 4 bytes a
-# parameter. `WORK=directory` keeps the converted copy. Without torch the comparisons are left out, and each says so.
+# `make notebook` runs it on a small checkpoint with random weights (the numbers must agree, the words mean nothing), and `make
+# notebook MODEL=directory` on any other, Hugging Face's or converted. One model is in memory at a time, 4 bytes a parameter.
+# `WORK=directory` keeps the converted copy. Without torch the comparisons are left out, and each says so.
 
 # %%
 import gc
@@ -310,8 +310,8 @@ for name in ours:
 # ## Error at every position
 #
 # Each dot is the largest difference over the whole vocabulary at one position of a prompt; blue columns hold a picture or a
-# frame, and rounding alone puts the dots near 1e-6. Dots that climbed towards the dashed line, or a step where a picture begins, would
-# be a bug: the tests allow 1e-4.
+# frame, and rounding alone puts the dots near 1e-6. Dots that climbed towards the dashed line, or a step where a picture begins,
+# would be a bug: the tests allow 1e-4.
 
 
 # %%
@@ -443,9 +443,9 @@ moved = {name: float(np.abs(answer.logits - yardstick.logits).max()) for name, a
 # %% [markdown]
 # ## What each bug would have cost
 #
-# The bars are the largest logit difference over the prompt with the picture and the clip, on a logarithmic axis: what
-# this package really differs by at the top, then each bug. Every bar that ends right of the dashed line is a mistake that the
-# tests cannot miss; the shortest show why a looser bound, or a look at the likeliest token, would not do.
+# The bars are the largest logit difference over the prompt with the picture and the clip, on a logarithmic axis: what this
+# package really differs by at the top, then each bug. Every bar that ends right of the dashed line is a mistake that the tests
+# cannot miss; the shortest show why a looser bound, or a look at the likeliest token, would not do.
 
 # %%
 bars = dict(sorted(moved.items(), key=lambda item: item[1]))
@@ -513,9 +513,9 @@ if not TORCH:
 # %% [markdown]
 # ## Positions over the picture
 #
-# Every token has three positions. Over a picture T stands still while H counts its rows and W its columns, so that tokens side
-# by side are neighbours; below, the whole prompt: text counts up on all three, each picture or frame holds T and fans H and W
-# out, and text goes on behind the largest of them, which is why 1-D positions (grey) run ahead.
+# Every token has three positions. Over a picture T stands still while H counts its rows and W its columns, so that tokens side by
+# side are neighbours; below, the whole prompt: text counts up on all three, each picture or frame holds T and fans H and W out,
+# and text goes on behind the largest of them, which is why 1-D positions (grey) run ahead.
 
 # %%
 merge = config.vision_config.spatial_merge_size
@@ -557,8 +557,8 @@ plt.show()
 # ## Which experts the picture's patches go to
 #
 # Above, the first choice of each of the picture's tokens in some layers: its number, and a colour for the nine experts most
-# chosen there. Below, the share of all choices that each expert gets from the picture (bars) and from the text (dots): the dotted line
-# is an even spread, and experts that only one of the two uses are what training makes of this, or, here, chance.
+# chosen there. Below, the share of all choices that each expert gets from the picture (bars) and from the text (dots): the dotted
+# line is an even spread, and experts that only one of the two uses are what training makes of this, or, here, chance.
 
 # %%
 if is_moe:
