@@ -17,9 +17,9 @@
 # float32, and their answers are laid side by side. After that come the parts that ports of this model get wrong: positions over a
 # picture, routing, DeepStack, the two GELUs.
 #
-# `make notebook` runs it on a small checkpoint with random weights (the numbers must agree, the words mean nothing), and `make
-# notebook MODEL=directory` on any other, Hugging Face's or converted. One model is in memory at a time, 4 bytes a parameter.
-# `WORK=directory` keeps the converted copy. Without torch the comparisons are left out, and each says so.
+# `make notebook` runs it on a small checkpoint with random weights (the numbers must agree, the words mean nothing), and
+# `make notebook MODEL=directory` on any other, Hugging Face's or converted. One model is in memory at a time, 4 bytes a
+# parameter; `WORK=directory` keeps the converted copy. Without torch the comparisons are left out, and each says so.
 
 # %%
 import gc
