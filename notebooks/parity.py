@@ -567,3 +567,39 @@ if is_moe:
     E = config.text_config.num_experts
     picks = np.unique(np.linspace(0, len(moe_layers) - 1, min(4, len(moe_layers))).round().astype(int))
     palette = [plt.get_cmap("tab10")(i)[:3] for i in range(10) if i != 7]  # 7 is grey, which means "any other"
+    figure, axes = plt.subplots(
+        2, len(picks), figsize=(2.9 * len(picks), 4.6), layout="constrained", squeeze=False, height_ratios=[1.5, 1], sharey="row"
+    )
+    for pick, top, bottom in zip(picks.tolist(), *axes, strict=True):
+        first = chosen[pick][on_cat, 0].reshape(rows, columns)
+        counts = np.bincount(first.ravel(), minlength=E)
+        ranked = np.argsort(-counts, kind="stable")[: min(len(palette), np.count_nonzero(counts))]
+        colour = np.full((E, 3), 0.75)
+        colour[ranked] = palette[: len(ranked)]
+        top.imshow(background, cmap="gray", extent=extent, vmin=-60, vmax=255)
+        top.imshow(colour[first], alpha=0.6, extent=extent)
+        for r in range(0, rows, every):
+            for c in range(0, columns, every):
+                label: dict[str, Any] = dict(color="white", fontsize=6.5, ha="center", va="center", path_effects=outline)
+                top.text(c, r, str(first[r, c]), **label)
+        top.set_title(f"layer {moe_layers[pick]}: {len(np.unique(first))} of {E} are first", fontsize=9)
+        top.set(xticks=[], yticks=[])
+        top.spines[:].set_visible(False)
+        shares = [np.bincount(chosen[pick][where].ravel(), minlength=E) for where in (on_cat, np.flatnonzero(kinds == 0))]
+        bottom.bar(np.arange(E), shares[0] / shares[0].sum(), color=colour, width=0.8)
+        bottom.plot(np.arange(E), shares[1] / shares[1].sum(), "o", color="black", ms=2.5)
+        bottom.axhline(1 / E, color="black", lw=0.7, ls=":")
+        bottom.set(xlabel="expert", xlim=(-0.7, E - 0.3))
+    axes[1, 0].set_ylabel("share of all choices\n(bars: picture, dots: text)")
+    plt.show()
+    if TORCH:
+        same = [np.mean(np.sort(a, -1) == np.sort(b, -1)) for a, b in zip(chosen, theirs[MIXED].experts, strict=True)]
+        print(f"{np.mean(same):.3%} of the {top_k * T * len(same):,} choices in {len(same)} layers are transformers'")
+        assert np.mean(same) > 0.999
+    else:
+        print(NO_TORCH)
+else:
+    print("this checkpoint is dense: it has no experts")
+
+# %%
+print(f"{len(errors)} prompts within the bound, {len(moved)} bugs measured" if TORCH else NO_TORCH)
