@@ -14,12 +14,12 @@
 # # Are these the original's numbers?
 #
 # A checkpoint is converted and opened by this package and by `transformers`; both get the same pictures, clips and questions, in
-# float32, and their answers are laid side by side. After that come the parts that ports of this model get wrong: positions over
-# a picture, routing, DeepStack, the two GELUs.
+# float32, and their answers are laid side by side. After that come the parts that ports of this model get wrong: positions over a
+# picture, routing, DeepStack, the two GELUs.
 #
 # `make notebook` runs it on a small checkpoint with random weights (the numbers must agree, the words mean nothing), and
 # `make notebook MODEL=directory` on any other, Hugging Face's or converted. One model is in memory at a time, 4 bytes a
-# parameter. `WORK=directory` keeps the converted copy. Without torch the comparisons are left out, and each says so.
+# parameter; `WORK=directory` keeps the converted copy. Without torch the comparisons are left out, and each says so.
 
 # %%
 import gc
@@ -134,11 +134,10 @@ CONVERSATIONS: dict[str, Any] = {
 MIXED = "picture and clip"  # the prompt that the later sections look into
 
 processor = Processor.from_pretrained(hf)
-config = processor.config
-assert config is not None
+config: Any = processor.config  # None only where a directory has no config.json, and this one was just converted
 inputs = {}
 for name, conversation in CONVERSATIONS.items():
-    clips = {"video_metadata": {"fps": 2.0}} if "clip" in name else {}
+    clips: dict[str, Any] = {"video_metadata": {"fps": 2.0}} if "clip" in name else {}
     inputs[name] = processor.encode(conversation, padding_side="left", **clips)
     inputs[name]["mm_token_type_ids"] = 1 * (inputs[name]["input_ids"] == config.image_token_id) + 2 * (
         inputs[name]["input_ids"] == config.video_token_id
@@ -170,9 +169,9 @@ class Answer(NamedTuple):
     chosen in each MoE layer `[T,k]`, and the positions `[3,B,T]`."""
 
     logits: np.ndarray
-    hidden: np.ndarray | None = None
-    experts: list[np.ndarray] | None = None
-    positions: np.ndarray | None = None
+    hidden: Any = None
+    experts: Any = None
+    positions: Any = None
 
 
 is_moe = config.model_type == "qwen3_vl_moe" and "moe" in config.text_config.layer_kinds()
@@ -310,8 +309,8 @@ for name in ours:
 # ## Error at every position
 #
 # Each dot is the largest difference over the whole vocabulary at one position of a prompt; blue columns hold a picture or a
-# frame, and rounding alone puts the dots near 1e-6. Dots that climbed towards the dashed line, or a step where a picture begins, would
-# be a bug: the tests allow 1e-4.
+# frame, and rounding alone puts the dots near 1e-6. Dots that climbed towards the dashed line, or a step where a picture begins,
+# would be a bug: the tests allow 1e-4.
 
 
 # %%
@@ -443,9 +442,9 @@ moved = {name: float(np.abs(answer.logits - yardstick.logits).max()) for name, a
 # %% [markdown]
 # ## What each bug would have cost
 #
-# The bars are the largest logit difference over the prompt with the picture and the clip, on a logarithmic axis: what
-# this package really differs by at the top, then each bug. Every bar that ends right of the dashed line is a mistake that the
-# tests cannot miss; the shortest show why a looser bound, or a look at the likeliest token, would not do.
+# The bars are the largest logit difference over the prompt with the picture and the clip, on a logarithmic axis: what this
+# package really differs by at the top, then each bug. Every bar that ends right of the dashed line is a mistake that the tests
+# cannot miss; the shortest show why a looser bound, or a look at the likeliest token, would not do.
 
 # %%
 bars = dict(sorted(moved.items(), key=lambda item: item[1]))
@@ -513,9 +512,9 @@ if not TORCH:
 # %% [markdown]
 # ## Positions over the picture
 #
-# Every token has three positions. Over a picture T stands still while H counts its rows and W its columns, so that tokens side
-# by side are neighbours; below, the whole prompt: text counts up on all three, each picture or frame holds T and fans H and W
-# out, and text goes on behind the largest of them, which is why 1-D positions (grey) run ahead.
+# Every token has three positions. Over a picture T stands still while H counts its rows and W its columns, so that tokens side by
+# side are neighbours; below, the whole prompt: text counts up on all three, each picture or frame holds T and fans H and W out,
+# and text goes on behind the largest of them, which is why 1-D positions (grey) run ahead.
 
 # %%
 merge = config.vision_config.spatial_merge_size
@@ -539,7 +538,7 @@ for axis, letter in enumerate("THW"):
     painted = ax.imshow(values, cmap="viridis", alpha=0.55, extent=extent, vmin=low, vmax=high)
     for r in range(0, rows, every):
         for c in range(0, columns, every):
-            label = dict(color="white", fontsize=7, ha="center", va="center", path_effects=outline)
+            label: dict[str, Any] = dict(color="white", fontsize=7, ha="center", va="center", path_effects=outline)
             ax.text(c, r, str(values[r, c]), **label)
     ax.set_title(f"{letter} of the picture's {rows} x {columns} tokens", fontsize=9)
     ax.set(xticks=[], yticks=[])
@@ -557,8 +556,8 @@ plt.show()
 # ## Which experts the picture's patches go to
 #
 # Above, the first choice of each of the picture's tokens in some layers: its number, and a colour for the nine experts most
-# chosen there. Below, the share of all choices that each expert gets from the picture (bars) and from the text (dots): the dotted line
-# is an even spread, and experts that only one of the two uses are what training makes of this, or, here, chance.
+# chosen there. Below, the share of all choices that each expert gets from the picture (bars) and from the text (dots): the dotted
+# line is an even spread, and experts that only one of the two uses are what training makes of this, or, here, chance.
 
 # %%
 if is_moe:
@@ -567,7 +566,7 @@ if is_moe:
     assert chosen is not None and len(chosen) == len(moe_layers)
     E = config.text_config.num_experts
     picks = np.unique(np.linspace(0, len(moe_layers) - 1, min(4, len(moe_layers))).round().astype(int))
-    palette = [c for i, c in enumerate(plt.get_cmap("tab10").colors) if i != 7]  # without its grey, which means "any other"
+    palette = [plt.get_cmap("tab10")(i)[:3] for i in range(10) if i != 7]  # 7 is grey, which means "any other"
     figure, axes = plt.subplots(
         2, len(picks), figsize=(2.9 * len(picks), 4.6), layout="constrained", squeeze=False, height_ratios=[1.5, 1], sharey="row"
     )
@@ -581,7 +580,7 @@ if is_moe:
         top.imshow(colour[first], alpha=0.6, extent=extent)
         for r in range(0, rows, every):
             for c in range(0, columns, every):
-                label = dict(color="white", fontsize=6.5, ha="center", va="center", path_effects=outline)
+                label: dict[str, Any] = dict(color="white", fontsize=6.5, ha="center", va="center", path_effects=outline)
                 top.text(c, r, str(first[r, c]), **label)
         top.set_title(f"layer {moe_layers[pick]}: {len(np.unique(first))} of {E} are first", fontsize=9)
         top.set(xticks=[], yticks=[])
