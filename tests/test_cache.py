@@ -144,6 +144,7 @@ def test_what_does_not_fit_is_refused_with_what_would(model) -> None:
         init_cache(model.config, 0, 5)
 
 
+@pytest.mark.slow
 def test_the_given_cache_survives_an_interruption(model) -> None:
     cache = init_cache(model.config, 1, 128)
 
@@ -155,16 +156,12 @@ def test_the_given_cache_survives_an_interruption(model) -> None:
     assert np.asarray(cache.tokens)[0, 0] >= 0, "its arrays are alive"
 
 
-SIZES = [
-    {"expert": 2, "tensor": 2, "fsdp": 2},
-    pytest.param({"expert": 8}, marks=pytest.mark.slow),
-    pytest.param({"tensor": 2, "data": 2}, marks=pytest.mark.slow),
-    pytest.param({"fsdp": 4, "context": 2}, marks=pytest.mark.slow),
-]
+SIZES = [{"expert": 2, "tensor": 2, "fsdp": 2}, {"expert": 8}, {"tensor": 2, "data": 2}, {"fsdp": 4, "context": 2}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [1, 4])
 def test_sharded_is_single(model, sizes: Any, rows: int) -> None:
     names = ("image", "mixed", "video", "long text")[:rows]
     expected = generate(model, batch(model, *names), max_new_tokens=16, eos_token_id=())

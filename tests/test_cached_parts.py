@@ -49,7 +49,7 @@ E, D, F = 5, 12, 7
 @settings(max_examples=12)
 @given(choices=st.lists(st.integers(0, E), min_size=9, max_size=9), layer=st.integers(0, L - 1))
 def test_experts_of_a_stack(kernel, choices: list[int], layer: int) -> None:
-    """Any routing, empty experts and rows of nobody (E) too; 9 rows are more than experts, so tiles and ragged_dot run as well."""
+    """Any routing, empty experts and rows of nobody (E) too; 9 rows are more than experts, 4 are fewer."""
     rng = np.random.default_rng(0)
     rows, gate_up, down = (rng.normal(size=s).astype(np.float32) for s in ((9, D), (L, E, D, 2, F), (L, E, F, D)))
     sizes = count_choices(jnp.asarray(sorted(choices))[:, None], E)
