@@ -126,10 +126,11 @@ def cpu_name() -> str:
 
 def report(billions: float, layers: int, pairs: int, results: list[tuple[str, int, int, list[float], list[float]]]) -> str:
     """The results as Markdown."""
+    where = "one core, CPU seconds" if ONE_CORE else f"{os.cpu_count()} cores, wall clock"
     lines = [
         f"{billions:.2f} B parameters ({layers} layers, 128 experts, 8 per token, width 512), float32, {pairs} pairs.",
-        f"{cpu_name()}, {'one core, CPU seconds' if ONE_CORE else f'{os.cpu_count()} cores, wall clock'}, load "
-        f"{os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, torch {torch.__version__}, "
+        f"{cpu_name()}, {where}, load {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, "
+        f"jax {jax.__version__}, flax {flax.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}.",
         "",
         "| | batch | prompt | ours, tokens/s | transformers, tokens/s | ratio (median of pairs) | smallest, largest | goal |",
