@@ -1,70 +1,136 @@
-"""Hugging Face directory -> converted directory: config and side files as they are, `conversion.json`, Orbax `checkpoint/`."""
+"""Hugging Face directory -> converted directory: config and side files, `conversion.json`, Orbax `checkpoint/`, in little memory.
+
+The parameters are cut into units: one tensor of a large parameter, or the whole stack of a small one. A unit is read from the
+mapped safetensors files, checksummed, and written as its own files, so memory does not grow with the model, a killed run loses
+the unit it was at, and any number of processes can share the units out.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from qvlmoe_jax.checkpoint import CHECKPOINT_DIR, CONVERSION_FILE, load_tree
+from convert.directories import check_destination, describe_source, find_side_files
+from convert.orbax_stream import Leaf, LeafWriter, Piece, leaf_pieces, plan_leaves, write_skeleton
+from convert.progress import Progress, human_bytes
+from convert.work_directory import WorkDirectory, only_cleaning_is_left, open_work_directory, work_path
+from qvlmoe_jax.checkpoint import CHECKPOINT_DIR, CONVERSION_FILE
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.hf import LM_HEAD_KEY, TABLE_VERSION
+from qvlmoe_jax.hf import LM_HEAD_KEY, TABLE_VERSION, Row
 from qvlmoe_jax.hf_weights import HFWeights
-from qvlmoe_jax.param_tree import nest
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES
-from qvlmoe_jax.shards import local_file
-from qvlmoe_jax.whole_directory import whole_directory
+from qvlmoe_jax.whole_directory import check_replaced
 
 FORMAT = "qvlmoe_jax.conversion"
-FORMAT_VERSION = 1
-SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
-SIDE_NAMES = ("LICENSE", "NOTICE", "README")
+FORMAT_VERSION = 2
+CRC_BYTES = 1 << 24
+
+Dtype = Literal["keep", "bfloat16", "float32"]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is written, checksummed and journalled together: tensors that share files, and those files."""
+
+    name: str
+    rows: tuple[Row, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
 
 
 def hf2jax(
     source: str | Path,
     destination: str | Path,
     *,
-    dtype: Literal["keep", "bfloat16", "float32"] = "keep",
+    dtype: Dtype = "keep",
     overwrite: bool = False,
-    report: Callable[[str], None] = lambda line: None,
+    resume: bool = False,
+    worker: int = 0,
+    workers: int = 1,
+    dry_run: bool = False,
+    report: Report = lambda line: None,
 ) -> None:
     """Converts `source` into the new directory `destination`, which appears by one rename.
 
     Args:
-      source: a Hugging Face checkpoint directory, in either expert layout.
+      source: a Hugging Face checkpoint directory.
       dtype: of the stored parameters.
       overwrite: replace an existing converted directory once the new one is whole.
+      resume: go on with what a killed run left in `DST.converting`.
+      worker, workers: this process's share, 0-based; the last of them to finish makes `destination` appear.
+      dry_run: check everything, say what would be written, write nothing.
       report: takes each line of progress.
     Raises:
       CheckpointError, ConfigError: before anything is written, if either directory is not as expected.
+      OSError: the disk is full, for one; `DST.converting` is left for `resume`.
     """
     start = time.monotonic()
     source, destination = Path(source), Path(destination)
+    if resume and only_cleaning_is_left(destination.resolve()):
+        shutil.rmtree(work_path(destination.resolve()))
+        report(f"{destination}: was whole already")
+        return
     check_destination(source, destination, overwrite)
+    if overwrite:
+        check_replaced(destination.resolve())
     weights = open_source(source)
+    if weights.quantised and dtype == "keep":
+        raise CheckpointError(f"{source}: float8 weights are dequantised, expected --dtype bfloat16 or float32 instead of keep")
     side_files = find_side_files(source)
-    tensors = weights.files.tensors
-    size = sum(info.nbytes for info in tensors.values())
+    dtypes = weights.dtypes if dtype == "keep" else dict.fromkeys(weights.shapes, np.dtype(dtype))
+    leaves = plan_leaves(weights.shapes, dtypes)
+    units = plan_units(weights, leaves)
+    size = sum(info.nbytes for info in weights.files.tensors.values())
     layout = f", {weights.match.expert_layout} expert layout" if weights.match.expert_layout else ""
-    report(f"{source}: {len(tensors)} tensors in {len(weights.files.files)} files, {size:,} bytes{layout}")
+    report(
+        f"{source}: {len(weights.files.tensors)} tensors in {len(weights.files.files)} files, {size:,} bytes{layout}\n"
+        f"{destination}: {len(leaves)} arrays in {sum(len(unit.pieces) for unit in units):,} files, "
+        f"{sum(leaf.nbytes for leaf in leaves):,} bytes to write"
+    )
+    if dry_run:
+        report("dry run: everything was checked, nothing was written")
+        return
+    _warn_of_space(destination, sum(leaf.nbytes for leaf in leaves), report, resume)
 
-    with whole_directory(destination, suffix=".converting", overwrite=overwrite) as staging:
-        for name in side_files:
-            shutil.copyfile(source / name, staging / name)
-        record = conversion_record(weights, source, dtype)
-        (staging / CONVERSION_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        report(f"{CONVERSION_FILE} and {len(side_files)} side files written")
-        write_checkpoint(weights, staging / CHECKPOINT_DIR, None if dtype == "keep" else np.dtype(dtype))
+    def begin(staging: Path) -> None:
+        copy_side_files(source, staging, side_files, None if not weights.quantised else dtype)
+        write_skeleton(staging / CHECKPOINT_DIR, leaves)
+
+    mine = share(units, worker, workers)
+    plan = describe_plan(weights, source, dtype, workers)
+    with open_work_directory(destination.resolve(), plan, begin, resume=resume, worker=worker, workers=workers) as work:
+        peak = write_units(weights, mine, work, report)
+
+        def complete(checksums: dict[str, str]) -> None:
+            record = conversion_record(weights, source, dtype, checksums)
+            (work.result / CONVERSION_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+        whole = work.finish(destination.resolve(), complete, overwrite=overwrite)
+    if not whole:
+        report(f"worker {worker} of {workers} is done; {destination} appears when the last one is")
+        return
     parameters, seconds = sum(map(math.prod, weights.shapes.values())), time.monotonic() - start
-    report(f"{destination}: {len(tensors)} tensors, {parameters:,} parameters, {size:,} bytes read, {seconds:.1f} seconds")
+    digest = hashlib.sha256((destination / CONVERSION_FILE).read_bytes()).hexdigest()
+    report(
+        f"checksum {digest[:16]}: sha256 of {CONVERSION_FILE}, which has every tensor's\n"
+        f"{destination}: {len(weights.files.tensors)} tensors, {parameters:,} parameters, {size:,} bytes read, "
+        f"{seconds:.1f} seconds, {human_bytes(size / seconds)}/s, peak anonymous memory {human_bytes(peak)}"
+    )
 
 
 def open_source(source: Path) -> HFWeights:
@@ -80,85 +146,150 @@ def open_source(source: Path) -> HFWeights:
     return HFWeights(source)
 
 
-def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
-    """Refuses a destination that writing would harm.
-
-    Raises:
-      CheckpointError: one directory is inside the other, or the destination exists (with `overwrite`: and is neither empty nor a
-        converted directory).
-    """
-    inner, outer = destination.resolve(), source.resolve()
-    if inner == outer:
-        raise CheckpointError(f"{destination}: SRC and DST are the same directory, expected another DST")
-    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise CheckpointError(f"{destination}: one of SRC and DST is inside the other, expected a DST beside {source}")
-    if not inner.exists():
-        return
-    if not overwrite:
-        raise CheckpointError(f"{destination}: exists, expected a new directory; remove it or give --overwrite")
-    ours = inner.is_dir() and ((inner / CONVERSION_FILE).is_file() or not any(inner.iterdir()))
-    if not ours:
-        raise CheckpointError(f"{destination}: not a converted directory, expected one for --overwrite; remove it yourself")
-
-
-def find_side_files(source: Path) -> list[str]:
-    """Names of config, tokenizer, processor and generation files, templates, licence: what a model needs beside its weights.
-
-    Raises:
-      CheckpointError: one of them is a link out of the directory.
-    """
-    names = [
-        path.name
-        for path in sorted(source.iterdir())
-        if (path.suffix in SIDE_SUFFIXES or path.name.split(".")[0].upper() in SIDE_NAMES)
-        and not path.name.endswith(".index.json")
-        and not path.is_dir()
-    ]
+def copy_side_files(source: Path, target: Path, names: list[str], dequantised: Dtype | None) -> None:
+    """Copies them byte for byte; only a dequantised model's config.json stops saying that it is quantised."""
     for name in names:
-        local_file(source, name)
-    return names
+        shutil.copyfile(source / name, target / name)
+    if dequantised:
+        path = target / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        del config["quantization_config"]
+        for section in (config, config["text_config"], config["vision_config"]):
+            section.update({key: dequantised for key in ("dtype", "torch_dtype") if key in section})
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def conversion_record(weights: HFWeights, source: Path, dtype: str) -> dict[str, Any]:
+def _warn_of_space(destination: Path, needed: int, report: Report, resume: bool) -> None:
+    parent = next(path for path in destination.resolve().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free and not resume:
+        report(
+            f"warning: {human_bytes(needed)} to write, {human_bytes(free)} free on {parent}; if it fills, --resume goes on later"
+        )
+
+
+def plan_units(weights: HFWeights, leaves: list[Leaf]) -> list[Unit]:
+    """The units in the order of the table."""
+    units = []
+    for leaf in leaves:
+        lead = len(leaf.shape) - len(weights.rows[leaf.path][0].shape)
+        stacked = 0 if leaf.chunks.file[:1] == leaf.shape[:1] else min(lead, 1)
+        groups: dict[tuple[int, ...], tuple[list[Row], list[Piece]]] = {}
+        for piece in leaf_pieces(leaf):
+            groups.setdefault(piece.cell[:stacked], ([], []))[1].append(piece)
+        for row in weights.rows[leaf.path]:
+            groups[row.index[:stacked]][0].append(row)  # type: ignore[index]  # leading axes are numbers
+        for cell, (rows, pieces) in groups.items():
+            units.append(Unit(".".join([leaf.name, *map(str, cell)]), tuple(rows), tuple(pieces)))
+    return units
+
+
+def share(units: list[Unit], worker: int, workers: int) -> list[Unit]:
+    """This worker's units: of all, largest first, each goes to whoever has least so far."""
+    loads = [0] * workers
+    mine = []
+    for position, unit in sorted(enumerate(units), key=lambda item: (-item[1].nbytes, item[0])):
+        chosen = loads.index(min(loads))
+        loads[chosen] += unit.nbytes
+        if chosen == worker:
+            mine.append((position, unit))
+    return [unit for _, unit in sorted(mine, key=lambda item: item[0])]
+
+
+def write_units(weights: HFWeights, units: list[Unit], work: WorkDirectory, report: Report) -> int:
+    """Writes what is not there yet. Returns the peak of this process's anonymous memory in bytes."""
+    writer = LeafWriter(work.result / CHECKPOINT_DIR)
+    todo = [unit for unit in units if unit.name not in work.finished or not all(map(writer.done, unit.pieces))]
+    total, left = sum(unit.nbytes for unit in units), sum(unit.nbytes for unit in todo)
+    if left < total:
+        report(f"{human_bytes(total - left)} of {human_bytes(total)} are there already")
+    unit_of = {piece.file: unit for unit in todo for piece in unit.pieces}
+    waiting = {unit.name: len(unit.pieces) for unit in todo}
+    with (
+        Progress(total, report, already=total - left) as progress,
+        ThreadPoolExecutor(1) as summing,
+        ThreadPoolExecutor(1) as syncing,
+    ):
+        sums: dict[str, Future[dict[str, str]]] = {}
+        journalled: list[Future[None]] = []
+
+        def data() -> Iterator[tuple[Piece, np.ndarray]]:
+            for unit in todo:
+                sums[unit.name] = summing.submit(checksums, weights, unit.rows)
+                for piece in unit.pieces:
+                    yield piece, weights.read(piece.leaf.path, piece.index, piece.leaf.dtype, copy=False)
+
+        def journal(unit: Unit) -> None:
+            for piece in unit.pieces:
+                writer.sync(piece)
+            work.record(unit.name, sums.pop(unit.name).result())
+
+        try:
+            for piece in writer.write(data()):
+                progress.add(piece.nbytes)
+                unit = unit_of[piece.file]
+                waiting[unit.name] -= 1
+                if not waiting[unit.name]:
+                    journalled.append(syncing.submit(journal, unit))
+            for future in journalled:
+                future.result()
+        except BaseException:
+            for pool in (summing, syncing):
+                pool.shutdown(cancel_futures=True)
+            raise
+        return progress.peak
+
+
+def checksums(weights: HFWeights, rows: tuple[Row, ...]) -> dict[str, str]:
+    """CRC-32 of the bytes on disk of these tensors and their scales. (It is there to find damage, and runs at 7 GB/s.)"""
+    return {row.key: f"{crc32(weights.tensor(row.key)):08x}" for row in rows} | {
+        weights.match.scales[row.key]: f"{crc32(weights.files.array(weights.match.scales[row.key])):08x}"
+        for row in rows
+        if row.key in weights.match.scales
+    }
+
+
+def crc32(array: np.ndarray) -> int:
+    """Of a contiguous array's bytes."""
+    data, value = array.reshape(-1).view(np.uint8), 0
+    for begin in range(0, data.size, CRC_BYTES):
+        value = zlib.crc32(data[begin : begin + CRC_BYTES].data, value)
+    return value
+
+
+def describe_plan(weights: HFWeights, source: Path, dtype: Dtype, workers: int) -> dict[str, Any]:
+    """What a run must agree on with the one that it goes on for. Files count as the same by size and time of change."""
+    headers = [[key, DTYPE_NAMES[t.dtype], t.shape, t.file.name, t.start] for key, t in sorted(weights.files.tensors.items())]
+    files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in (*weights.files.files, source / "config.json")}
+    return {
+        "table_version": TABLE_VERSION,
+        "source": source.resolve().name,
+        "source files": hashlib.sha256(json.dumps([headers, files]).encode()).hexdigest(),
+        "dtype": dtype,
+        "workers": workers,
+    }
+
+
+def conversion_record(weights: HFWeights, source: Path, dtype: Dtype, sums: dict[str, str]) -> dict[str, Any]:
     """`conversion.json`: what is needed to verify the conversion and to write the same files back.
 
-    The checksum is CRC-32 of a tensor's bytes on disk. It is there to find damage; the standard library does it four times as
-    fast as blake2b.
+    `tensors` and `scales` (float8 only) go by the names of the table and of the disk, each with dtype, shape and CRC-32.
     """
 
-    def entry(key: str) -> dict[str, Any]:
-        info = weights.files.tensors[key]
-        crc = zlib.crc32(weights.files.array(key).reshape(-1).view(np.uint8).data)
-        return {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "crc32": f"{crc:08x}"}
+    def entry(name: str, crc: str) -> dict[str, Any]:
+        info = weights.files.tensors[name]
+        return {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "crc32": crc}
 
+    names, match = weights.match.names, weights.match
+    duplicate = entry(names[LM_HEAD_KEY], f"{crc32(weights.tensor(LM_HEAD_KEY)):08x}") if match.tied_lm_head else None
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "table_version": TABLE_VERSION,
         "source": describe_source(source.resolve()),
-        "expert_layout": weights.match.expert_layout,
+        "expert_layout": match.expert_layout,
         "dtype": dtype,
-        "tied_lm_head": entry(LM_HEAD_KEY) if weights.match.tied_lm_head else None,
-        "tensors": {row.key: entry(row.key) for row in weights.match.rows},
+        "tied_lm_head": duplicate,
+        "tensors": {row.key: entry(names[row.key], sums[row.key]) for row in match.rows},
+        "scales": {name: entry(name, sums[name]) for name in match.scales.values()},
     }
-
-
-def describe_source(source: Path) -> dict[str, str | None]:
-    """The directory's name; in a hub cache (`models--ORG--NAME/snapshots/REVISION`) the repository and its revision."""
-    cache = source.parent.parent
-    if source.parent.name == "snapshots" and cache.name.startswith("models--"):
-        return {"name": cache.name.removeprefix("models--").replace("--", "/"), "revision": source.name}
-    return {"name": source.name, "revision": None}
-
-
-def write_checkpoint(weights: HFWeights, path: Path, dtype: np.dtype | None) -> None:
-    """Stacks the parameters in host memory and saves them with Orbax, as a pytree of plain dicts at `path`."""
-    import jax
-    from orbax.checkpoint import v1 as ocp
-
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    target = {
-        name: jax.ShapeDtypeStruct(shape, weights.dtypes[name] if dtype is None else dtype, sharding=host)
-        for name, shape in weights.shapes.items()
-    }
-    ocp.save(str(path.resolve()), load_tree(weights, nest(target)))

@@ -95,16 +95,16 @@ def _generate(args: argparse.Namespace) -> None:
     if args.prompt is None and not args.chat:
         raise UsageError("nothing to answer: expected --prompt TEXT, or --chat to read questions from stdin")
     mesh_sizes = None if args.mesh is None else parse_mesh(args.mesh)
-    from qvlmoe_jax.checkpoint import open_weights
+    from qvlmoe_jax.checkpoint import open_weights, side_files
     from qvlmoe_jax.generation_config import GenerationConfig
     from qvlmoe_jax.processor import Processor
 
-    open_weights(args.directory)
-    processor = Processor.from_pretrained(args.directory)
+    files = side_files(open_weights(args.directory))
+    processor = Processor.from_pretrained(files)
     messages = [] if args.system is None else [{"role": "system", "content": [{"type": "text", "text": args.system}]}]
     question = None if args.prompt is None else [*args.media, {"type": "text", "text": args.prompt}]
     arrays = None if question is None else processor.encode([[*messages, {"role": "user", "content": question}]])
-    sampling: dict[str, Any] = dict(GenerationConfig.from_directory(args.directory).sampling)
+    sampling: dict[str, Any] = dict(GenerationConfig.from_directory(files).sampling)
     sampling |= {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
 
     import jax  # all that can be refused without it has been

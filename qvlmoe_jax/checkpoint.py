@@ -1,12 +1,14 @@
 """Opening a model directory, Hugging Face's or a converted one, as jax arrays of any dtype and sharding; saving in HF's form.
 
 A converted directory holds `conversion.json` (where it came from) and `checkpoint/` (Orbax, keys of the parameter tree). A
-Hugging Face directory holds `config.json` and safetensors, and is read in place.
+Hugging Face directory holds `config.json` and safetensors. A training run holds `hf/` and `checkpoints/STEP/`. All three are read
+in place, slice by slice, through one surface: `shapes`, `dtypes`, `read(path, index, dtype)`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -17,11 +19,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
+from qvlmoe_jax.conversion_record import read_record
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.hf import TABLE_VERSION, expand, param_shapes
+from qvlmoe_jax.hf import expand, param_shapes
 from qvlmoe_jax.hf_weights import HFWeights
+from qvlmoe_jax.local_files import check_tree
+from qvlmoe_jax.orbax_store import OrbaxArrays
 from qvlmoe_jax.param_tree import check_shapes, flatten, nest
-from qvlmoe_jax.safetensors_io import DTYPE_NAMES, parse_json
+from qvlmoe_jax.safetensors_io import DTYPE_NAMES
 from qvlmoe_jax.shards import write_shards
 from qvlmoe_jax.whole_directory import whole_directory
 
@@ -30,96 +35,146 @@ if TYPE_CHECKING:
 
 CONVERSION_FILE = "conversion.json"
 CHECKPOINT_DIR = "checkpoint"
+ARRAYS_DIR = "state"
+"""Orbax's name for the tree that `ocp.save` writes, inside the checkpoint."""
+RUN_HF, RUN_CHECKPOINTS = "hf", "checkpoints"
 
 
-class ConvertedWeights:
+class ParamStore:
+    """Parameters in an Orbax checkpoint, read slice by slice. `HFWeights` has the same surface.
+
+    Attributes:
+      directory: what the user named.
+      config: of the model.
+      shapes, dtypes: parameter path -> shape, dtype on disk.
+    """
+
+    def __init__(self, directory: Path, config: Qwen3VLMoeConfig, arrays: OrbaxArrays):
+        self.directory, self.config = directory, config
+        self.shapes = param_shapes(config)
+        self._arrays = arrays
+
+    @cached_property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Raises CheckpointError if the stored tree is not the one config.json describes."""
+        check_shapes(str(self._arrays.directory), self.shapes, self._arrays.shapes)
+        return {path: self._arrays.dtypes[path] for path in self.shapes}
+
+    def read(
+        self, path: str, index: tuple[slice, ...] | None = None, dtype: np.dtype | None = None, *, copy: bool = True
+    ) -> np.ndarray:
+        """A slice of one parameter, cast to `dtype` (None: as it is stored). Only the chunks it touches are read.
+
+        Raises:
+          CheckpointError: the data is missing or damaged.
+        """
+        array = self._arrays.read(path, index)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def _largest_file(config: Qwen3VLMoeConfig) -> int:
+    """Bytes of every parameter with its gradient and moments, in float32, and some more for a small model's side files."""
+    return 16 * sum(map(math.prod, param_shapes(config).values())) + (1 << 27)
+
+
+class ConvertedWeights(ParamStore):
     """A converted directory.
 
     Attributes:
-      config: from its config.json.
       conversion: the parsed conversion.json.
-      shapes: parameter path -> shape.
     """
 
     def __init__(self, directory: str | Path):
         """Raises CheckpointError or ConfigError if a part is missing or was written by another version of the table."""
-        self.directory = Path(directory)
-        file = self.directory / CONVERSION_FILE
-        checkpoint = self.directory / CHECKPOINT_DIR
+        directory = Path(directory)
+        file = directory / CONVERSION_FILE
+        checkpoint = directory / CHECKPOINT_DIR
         if not checkpoint.is_dir():
             raise CheckpointError(f"{checkpoint}: not found, expected the Orbax checkpoint beside {CONVERSION_FILE}")
-        self.config = Qwen3VLMoeConfig.from_json(self.directory)
-        self.conversion = parse_json(file.read_bytes(), str(file))
-        version = self.conversion.get("table_version") if isinstance(self.conversion, dict) else None
-        if version != TABLE_VERSION:
-            raise CheckpointError(f"{file}: table_version is {version!r}, expected {TABLE_VERSION}; convert the source again")
-        self.shapes = param_shapes(self.config)
-
-    @cached_property
-    def dtypes(self) -> dict[str, np.dtype]:
-        """Parameter path -> dtype on disk.
-
-        Raises:
-          CheckpointError: the stored tree is not the one config.json describes.
-        """
-        from orbax.checkpoint import v1 as ocp
-
-        path = self.directory / CHECKPOINT_DIR
-        try:
-            tree = ocp.metadata(str(path.resolve())).metadata
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(path, error) from error
-        if not isinstance(tree, Mapping):  # Orbax logs what it could not read, and goes on
-            raise _unreadable(path, ValueError("its metadata cannot be read"))
-        stored = flatten(tree)
-        check_shapes(str(path), self.shapes, {key: tuple(leaf.shape) for key, leaf in stored.items()})
-        return {key: np.dtype(leaf.dtype) for key, leaf in stored.items()}
+        config = Qwen3VLMoeConfig.from_json(directory)
+        check_tree(directory, _largest_file(config))
+        self.conversion = read_record(file)
+        super().__init__(directory, config, OrbaxArrays(checkpoint / ARRAYS_DIR))
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return CheckpointError(f"{path}: expected a whole Orbax checkpoint, Orbax says: {first_line}; convert the source again")
+class TrainedWeights(ParamStore):
+    """The parameters of a training run: `RUN` (its newest step) or `RUN/checkpoints/STEP`; config and side files are in `RUN/hf`.
+
+    Attributes:
+      side_directory: RUN/hf.
+      step: the number of the step.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Raises CheckpointError or ConfigError if a part is missing."""
+        directory = Path(directory)
+        step = newest_step(directory) if (directory / RUN_CHECKPOINTS).is_dir() else directory
+        self.side_directory, self.step = step.parent.parent / RUN_HF, int(step.name)
+        config = Qwen3VLMoeConfig.from_json(self.side_directory)
+        check_tree(step, _largest_file(config))
+        super().__init__(directory, config, OrbaxArrays(step / ARRAYS_DIR, prefix=("params",)))
 
 
-Weights = HFWeights | ConvertedWeights
+def newest_step(run: Path) -> Path:
+    """`RUN/checkpoints/STEP` with the highest number.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    steps = [path for path in (run / RUN_CHECKPOINTS).iterdir() if path.name.isdecimal() and path.is_dir()]
+    if not steps:
+        raise CheckpointError(f"{run / RUN_CHECKPOINTS}: no finished step, expected directories named by their number")
+    return max(steps, key=lambda path: int(path.name))
+
+
+def is_training_checkpoint(directory: Path) -> bool:
+    """`directory` is a RUN or one of its STEPs."""
+    is_step = directory.name.isdecimal() and directory.parent.name == RUN_CHECKPOINTS
+    return is_step or ((directory / RUN_CHECKPOINTS).is_dir() and (directory / RUN_HF).is_dir())
+
+
+Weights = HFWeights | ConvertedWeights | TrainedWeights
+
+
+def side_files(weights: Weights) -> Path:
+    """The directory of config.json, the tokenizer's, the processor's and the generation files: a training run's is RUN/hf."""
+    return getattr(weights, "side_directory", weights.directory)
 
 
 def open_weights(directory: str | Path) -> Weights:
     """Recognises and checks a model directory. Imports no jax and reads no weights.
 
     Raises:
-      CheckpointError: it is neither a converted nor a Hugging Face directory, or not a whole one.
+      CheckpointError: it is none of the three kinds, or not a whole one.
       ConfigError: its config.json is missing or refused.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory}: not a directory, expected a Hugging Face checkpoint (config.json and safetensors) or a converted one "
-            f"({CONVERSION_FILE} and {CHECKPOINT_DIR}/)"
+            f"{directory}: not a directory, expected a Hugging Face checkpoint (config.json and safetensors), a converted one "
+            f"({CONVERSION_FILE} and {CHECKPOINT_DIR}/) or a training run ({RUN_HF}/ and {RUN_CHECKPOINTS}/)"
         )
-    return ConvertedWeights(directory) if (directory / CONVERSION_FILE).exists() else HFWeights(directory)
+    if (directory / CONVERSION_FILE).exists():
+        return ConvertedWeights(directory)
+    return TrainedWeights(directory) if is_training_checkpoint(directory) else HFWeights(directory)
 
 
-def load_params(
-    directory: str | Path, config: Qwen3VLMoeConfig, *, dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None
-) -> dict[str, Any]:
+def load_params(weights: Weights, *, dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
     """A model directory's parameters: nested dicts of jax arrays, sharded by the one table when there is a mesh.
 
     Args:
-      directory: a Hugging Face checkpoint or a converted one.
-      config: the model's; the directory must hold its tree.
+      weights: from `open_weights`.
       dtype: of every parameter; None keeps each one's own.
       mesh: None leaves the arrays on the default device.
     Raises:
-      CheckpointError, ConfigError: what is wrong with the directory, by file or key.
+      CheckpointError: the stored tree is not the config's, or the data cannot be read.
     """
     import jax
 
     from qvlmoe_jax.sharding import tree_shardings
 
-    weights = open_weights(directory)
-    check_shapes(str(directory), param_shapes(config), weights.shapes)
-    dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.shapes, dtype)
+    stored = weights.dtypes  # checks the tree
+    dtypes = stored if dtype is None else dict.fromkeys(weights.shapes, np.dtype(dtype))
     target = nest({path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in weights.shapes.items()})
     if mesh is not None:
         target = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), target, tree_shardings(target, mesh))
@@ -136,37 +191,36 @@ def load_tree(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       CheckpointError: `target` is not the tree of the directory's config, or the data cannot be read.
     """
-    flat = flatten(target)
-    check_shapes("the target", weights.shapes, {path: tuple(leaf.shape) for path, leaf in flat.items()})
-    if isinstance(weights, HFWeights):
-        return nest({path: _read_hf(weights, path, leaf) for path, leaf in flat.items()})
-    return _restore(weights, flat)
-
-
-def _read_hf(weights: HFWeights, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    import jax
     import jax.numpy as jnp
 
-    if leaf.sharding is None:
-        return jnp.asarray(weights.read(path, dtype=leaf.dtype))
-    return jax.make_array_from_callback(
-        leaf.shape, leaf.sharding, lambda index: weights.read(path, index, leaf.dtype), dtype=leaf.dtype
-    )
+    def load(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.sharding is None:
+            return jnp.asarray(weights.read(path, dtype=leaf.dtype))
+        return _load_shards(weights, path, leaf, leaf.sharding)
+
+    flat = flatten(target)
+    check_shapes("the target", weights.shapes, {path: tuple(leaf.shape) for path, leaf in flat.items()})
+    assert weights.dtypes  # checks the stored tree against the config
+    return nest({path: load(path, leaf) for path, leaf in flat.items()})
 
 
-def _restore(weights: ConvertedWeights, flat: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _load_shards(weights: Weights, path: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One parameter on this process's devices: each shard is read once, whichever devices hold it, and leaves the host at once.
+
+    (`jax.make_array_from_callback` asks again for every replica, and holds the shards of all local devices in host memory.)
+    """
     import jax
-    from orbax.checkpoint import v1 as ocp
+    from jax.sharding import SingleDeviceSharding
 
-    assert weights.dtypes  # checks the stored tree against the config, with clearer words than Orbax's
-    # Orbax would otherwise take the sharding of the machine that wrote the checkpoint
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here) for path, leaf in flat.items()}
-    path = weights.directory / CHECKPOINT_DIR
-    try:
-        return ocp.load(str(path.resolve()), nest(abstract))
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
+    holders: dict[str, tuple[Any, list[Any]]] = {}  # by slice: the slice, the devices
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    shards = []
+    for index, devices in holders.values():
+        piece = weights.read(path, index, leaf.dtype)
+        shards += [jax.device_put(piece, SingleDeviceSharding(device, memory_kind=sharding.memory_kind)) for device in devices]
+        del piece
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
 def _hf_config(config: Qwen3VLMoeConfig, dtype: np.dtype) -> dict[str, Any]:
@@ -206,10 +260,10 @@ def save_hf(
             raise CheckpointError(f"{directory}: {key!r} is {dtype}, which safetensors cannot hold; cast it first")
     common = Counter(dtype for dtype, _ in specs.values()).most_common(1)[0][0]
 
-    def tensor(key: str) -> np.ndarray:
+    def tensor(key: str) -> list[np.ndarray]:
         row = by_key[key]
         leaf = flat[row.path]
-        return row.to_hf(np.asarray(leaf[row.index] if row.index else leaf))
+        return [row.to_hf(np.asarray(leaf[row.index] if row.index else leaf))]
 
     with whole_directory(directory, suffix=".saving") as staging:
         write_shards(staging, specs, tensor, max_shard_bytes=max_shard_size)

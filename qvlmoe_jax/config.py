@@ -8,15 +8,16 @@ does not use travel verbatim in `extra`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qvlmoe_jax.config_reader import SectionReader, read_rope_theta, rope_section
-from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.config_reader import MAX_LAYERS, SectionReader, read_rope_theta, rope_section
+from qvlmoe_jax.errors import CheckpointError, ConfigError
+from qvlmoe_jax.fp8_config import parse_quantization
+from qvlmoe_jax.local_files import read_json
 
 LayerKind = Literal["moe", "dense"]
 
@@ -116,7 +117,7 @@ class Qwen3VLMoeTextConfig:
             vocab_size=read.number("vocab_size", int),
             hidden_size=hidden,
             intermediate_size=read.number("intermediate_size", int),
-            num_hidden_layers=read.number("num_hidden_layers", int),
+            num_hidden_layers=read.number("num_hidden_layers", int, maximum=MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -225,7 +226,7 @@ class Qwen3VLMoeVisionConfig:
                 f"config.json: vision_config.hidden_size = {hidden} over num_heads = {heads} is not a head width divisible by 4 "
                 "(two rotary axes)"
             )
-        depth = read.number("depth", int, 27)
+        depth = read.number("depth", int, 27, maximum=MAX_LAYERS)
         taps = read.integers("deepstack_visual_indexes", (8, 16, 24))
         if len(set(taps)) != len(taps) or any(t >= depth for t in taps):
             raise ConfigError(
@@ -277,6 +278,8 @@ class Qwen3VLMoeConfig:
     tie_word_embeddings: bool = False
     model_type: str = "qwen3_vl_moe"
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False, repr=False)
+    fp8_block: tuple[int, int] | None = field(default=None, compare=False, hash=False, repr=False)
+    """Block size of a float8 checkpoint's scales. It describes files: parameters are never float8, so `to_hf` leaves it out."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Qwen3VLMoeConfig:
@@ -291,8 +294,8 @@ class Qwen3VLMoeConfig:
         model_type = read.raw("model_type")
         if model_type not in ("qwen3_vl_moe", "qwen3_vl"):
             raise ConfigError(f"config.json: model_type is {model_type!r}, expected 'qwen3_vl_moe' or 'qwen3_vl'")
-        if read.has("quantization_config"):
-            raise ConfigError("config.json: quantization_config is not supported yet, expected unquantised weights")
+        quantization = read.raw("quantization_config")
+        fp8_block = None if quantization is None else parse_quantization(quantization)
         moe = model_type == "qwen3_vl_moe"
         for key in ("text_config", "vision_config"):
             if not read.has(key):
@@ -324,6 +327,7 @@ class Qwen3VLMoeConfig:
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             model_type=model_type,
             extra=read.extra(),
+            fp8_block=fp8_block,
         )
 
     @classmethod
@@ -335,12 +339,12 @@ class Qwen3VLMoeConfig:
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
+        if not file.exists():
+            raise ConfigError(f"{file}: not found; expected a Hugging Face checkpoint directory with a config.json")
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: not found; expected a Hugging Face checkpoint directory with a config.json") from None
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an endless number, too deep
-            raise ConfigError(f"{file}: not valid JSON ({error}); expected the checkpoint's configuration") from None
+            config = read_json(file)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
         return cls.from_hf(config)
 
     def to_hf(self) -> dict[str, Any]:

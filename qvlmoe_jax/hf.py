@@ -22,8 +22,9 @@ from qvlmoe_jax.layer_plan import slots
 TABLE_VERSION = 1
 """Goes up whenever a parameter's path, shape or orientation changes: a converted directory records it."""
 
-ExpertLayout = Literal["hub", "v5"]
-"""Orientation of the fused experts: `hub` (hub files, 4.57) is `[E,in,out]`, `v5` (5.x's save_pretrained) `[E,out,in]`."""
+ExpertLayout = Literal["hub", "v5", "per_expert"]
+"""How the experts are stored: fused and `[E,in,out]` (`hub`: hub files, 4.57), fused and `[E,out,in]` (`v5`: what 5.x saves), or
+three linears `[out,in]` for each expert (`per_expert`: quantisers, some trainers)."""
 
 LM_HEAD_KEY = "lm_head.weight"
 EMBED_TOKENS_KEY = "model.language_model.embed_tokens.weight"
@@ -36,7 +37,8 @@ class Row:
     Attributes:
       key: the tensor's name in the checkpoint.
       path: the parameter's place in the tree, '/'-joined.
-      index: where the tensor sits in the parameter's leading (stacked) axes; empty when it is the whole parameter.
+      index: where the tensor sits in the parameter: numbers for the stacked axes (and the expert, and gate or up, where these are
+        tensors of their own), whole slices between them; empty when it is the whole parameter.
       hf_shape: the tensor's shape on disk.
       split: the shape after the reshape.
       axes: the permutation after it.
@@ -44,7 +46,7 @@ class Row:
 
     key: str
     path: str
-    index: tuple[int, ...]
+    index: tuple[int | slice, ...]
     hf_shape: tuple[int, ...]
     split: tuple[int, ...]
     axes: tuple[int, ...]
@@ -62,14 +64,30 @@ class Row:
         """`shape` -> `hf_shape`, the inverse of `to_param`."""
         return param.transpose(np.argsort(self.axes)).reshape(self.hf_shape)
 
+    def hf_rows(self, start: int, stop: int) -> tuple[int | slice, ...]:
+        """Index into the parameter of the tensor's part `split[0]` in start..stop, which is one run of its bytes on disk."""
+        inner = tuple(slice(start, stop) if axis == 0 else slice(None) for axis in self.axes)
+        return part(self.index, inner)
+
+
+def part(index: tuple[int | slice, ...], inner: tuple[int | slice, ...]) -> tuple[int | slice, ...]:
+    """`param[part(index, inner)] == param[index][inner]` for an `index` of numbers and whole slices."""
+    remaining = iter(inner)
+    return (*(at if isinstance(at, int) else next(remaining) for at in index), *remaining)
+
 
 class _Tensor(NamedTuple):
-    """A row before it is placed: `name` is relative to the module that repeats."""
+    """A row before it is placed: `name` is relative to the module that repeats.
+
+    `param` and `at` tell an expert's linear, which is a part of a fused parameter, where it goes.
+    """
 
     name: str
     hf_shape: tuple[int, ...]
     split: tuple[int, ...]
     axes: tuple[int, ...]
+    param: str = ""
+    at: tuple[int | slice, ...] = ()
 
 
 def _same(name: str, *shape: int, split: tuple[int, ...] | None = None) -> _Tensor:
@@ -96,14 +114,24 @@ def _biased(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> lis
 def _experts(c: Qwen3VLMoeTextConfig, layout: ExpertLayout) -> list[_Tensor]:
     """Gate is the first F of the 2F columns, up the last F (MOE 74)."""
     E, D, F = c.num_experts, c.hidden_size, c.moe_intermediate_size
+    gate_up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+    if layout == "per_expert":
+        tensors = []
+        for e in range(E):
+            for i, name in enumerate(("gate_proj", "up_proj")):
+                linear = _linear(f"mlp.experts.{e}.{name}.weight", (D,), (F,))
+                tensors.append(linear._replace(param=gate_up, at=(e, slice(None), i)))
+            linear = _linear(f"mlp.experts.{e}.down_proj.weight", (F,), (D,))
+            tensors.append(linear._replace(param=down, at=(e,)))
+        return tensors
     if layout == "hub":
         return [
-            _same("mlp.experts.gate_up_proj", E, D, 2 * F, split=(E, D, 2, F)),
-            _same("mlp.experts.down_proj", E, F, D),
+            _same(gate_up, E, D, 2 * F, split=(E, D, 2, F)),
+            _same(down, E, F, D),
         ]
     return [
-        _Tensor("mlp.experts.gate_up_proj", (E, 2 * F, D), (E, 2, F, D), (0, 3, 1, 2)),
-        _Tensor("mlp.experts.down_proj", (E, D, F), (E, D, F), (0, 2, 1)),
+        _Tensor(gate_up, (E, 2 * F, D), (E, 2, F, D), (0, 3, 1, 2)),
+        _Tensor(down, (E, D, F), (E, D, F), (0, 2, 1)),
     ]
 
 
@@ -160,7 +188,10 @@ def _patch_embed(c: Qwen3VLMoeVisionConfig) -> list[_Tensor]:
 
 
 def _place(tensors: Iterable[_Tensor], key: str, path: str, index: tuple[int, ...] = ()) -> list[Row]:
-    return [Row(key + t.name, path + t.name.replace(".", "/"), index, *t[1:]) for t in tensors]
+    return [
+        Row(key + t.name, path + (t.param or t.name).replace(".", "/"), index + t.at, t.hf_shape, t.split, t.axes)
+        for t in tensors
+    ]
 
 
 def layers_path(slot_name: str) -> str:
@@ -206,15 +237,18 @@ def rows_by_path(rows: Iterable[Row]) -> dict[str, tuple[Row, ...]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.path, []).append(row)
-    return {path: tuple(sorted(group, key=lambda row: row.index)) for path, group in groups.items()}
 
+    def order(row: Row) -> tuple[int, ...]:
+        return tuple(at for at in row.index if isinstance(at, int))
 
-def param_shape(rows: tuple[Row, ...]) -> tuple[int, ...]:
-    """Shape of the parameter that `rows` (all of one path) fill: the stacked axes, then the slice's own."""
-    stacked = tuple(1 + max(positions) for positions in zip(*(row.index for row in rows), strict=True))
-    return stacked + rows[0].shape
+    return {path: tuple(sorted(group, key=order)) for path, group in groups.items()}
 
 
 def param_shapes(config: Qwen3VLMoeConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the model."""
-    return {path: param_shape(rows) for path, rows in rows_by_path(expand(config)).items()}
+
+    def shape(rows: tuple[Row, ...]) -> tuple[int, ...]:
+        stacked = zip(*(row.index for row in rows), strict=True)  # the hub's tensors are stacked on leading axes only
+        return tuple(1 + max(at for at in positions if isinstance(at, int)) for positions in stacked) + rows[0].shape
+
+    return {path: shape(rows) for path, rows in rows_by_path(expand(config)).items()}

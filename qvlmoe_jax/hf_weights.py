@@ -8,14 +8,18 @@ import numpy as np
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, param_shape, rows_by_path
+from qvlmoe_jax.fast_copy import copy_into
+from qvlmoe_jax.fp8 import FP8, dequantise
+from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, Row, param_shapes, rows_by_path
 from qvlmoe_jax.hf_match import match
-from qvlmoe_jax.shards import SafetensorsCheckpoint, local_file
+from qvlmoe_jax.local_files import local_file
+from qvlmoe_jax.shards import SafetensorsCheckpoint
 
 COMPARED_BYTES = 1 << 26
+FLOAT32 = np.dtype(np.float32)
 
 
-def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     """In slices: a whole-array comparison would hold a mask as large as the vocabulary table."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
@@ -27,46 +31,93 @@ class HFWeights:
     """A Hugging Face checkpoint directory laid against the table. Nothing but headers is read until a parameter is.
 
     Attributes:
+      directory: where it lies.
       config: from its config.json.
-      files: its tensors by HF name.
-      match: the table's rows for it, and the expert layout found.
-      shapes, dtypes: parameter path -> shape, dtype. Tensors of several dtypes stack as float32, which holds them all exactly.
+      files: its tensors by the names on disk.
+      match: the table's rows for it, the expert layout found, and the scales of float8 tensors.
+      shapes, dtypes: parameter path -> shape, dtype. Tensors of several dtypes stack as float32, which holds them all exactly,
+        and so do float8 ones, whose values are scaled.
     """
 
     def __init__(self, directory: str | Path):
         """Raises CheckpointError or ConfigError, naming the file, key or tensor, if the directory is not a whole checkpoint."""
-        directory = Path(directory)
-        self.files = SafetensorsCheckpoint(directory)
-        if (directory / "config.json").is_symlink():
-            local_file(directory, "config.json")
-        self.config = Qwen3VLMoeConfig.from_json(directory)
+        self.directory = Path(directory)
+        self.files = SafetensorsCheckpoint(self.directory)
+        if (self.directory / "config.json").is_symlink():
+            local_file(self.directory, "config.json")
+        self.config = Qwen3VLMoeConfig.from_json(self.directory)
         self.match = match(self.config, self.files.tensors, str(directory))
-        if self.match.tied_lm_head and not _same_bytes(self.files.array(LM_HEAD_KEY), self.files.array(EMBED_TOKENS_KEY)):
+        if self.match.tied_lm_head and not same_bytes(self.tensor(LM_HEAD_KEY), self.tensor(EMBED_TOKENS_KEY)):
             raise CheckpointError(
-                f"{self.files.tensors[LM_HEAD_KEY].file}: {LM_HEAD_KEY!r} differs from {EMBED_TOKENS_KEY!r}, "
+                f"{self.directory}: {LM_HEAD_KEY!r} differs from {EMBED_TOKENS_KEY!r}, "
                 "expected the same bytes because config.json says tie_word_embeddings = true"
             )
-        self._rows = rows_by_path(self.match.rows)
-        self.shapes = {path: param_shape(rows) for path, rows in self._rows.items()}
+        self.rows = rows_by_path(self.match.rows)
+        self.shapes = param_shapes(self.config)
         self.dtypes: dict[str, np.dtype] = {}
-        for path, rows in self._rows.items():
-            found = {self.files.tensors[row.key].dtype for row in rows}
-            self.dtypes[path] = found.pop() if len(found) == 1 else np.dtype(np.float32)
+        for path, rows in self.rows.items():
+            found = {self.files.tensors[self.match.names[row.key]].dtype for row in rows}
+            self.dtypes[path] = found.pop() if len(found) == 1 and FP8 not in found else FLOAT32
 
-    def read(self, path: str, index: tuple[slice, ...] | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+    @property
+    def quantised(self) -> bool:
+        """Some tensors are float8."""
+        return bool(self.match.scales)
+
+    def tensor(self, key: str) -> np.ndarray:
+        """A read-only view of the tensor that the table calls `key`, as it is on disk."""
+        return self.files.array(self.match.names[key])
+
+    def read(
+        self, path: str, index: tuple[slice, ...] | None = None, dtype: np.dtype | None = None, *, copy: bool = True
+    ) -> np.ndarray:
         """A slice of one parameter, stacked and cast; only the tensors and rows asked for are touched.
 
         Args:
           path: '/'-joined.
           index: one slice of step 1 per axis of the parameter, as `jax.make_array_from_callback` gives them; None for all of it.
           dtype: of the result; None for the parameter's own.
+          copy: False allows a read-only view of the mapped file where the slice is one tensor's and needs no cast.
         """
-        shape = self.shapes[path]
-        bounds = [s.indices(size)[:2] for s, size in zip(index or (slice(None),) * len(shape), shape, strict=True)]
-        out = np.empty([stop - start for start, stop in bounds], dtype or self.dtypes[path])
-        for row in self._rows[path]:
-            stacked, inner = bounds[: len(row.index)], bounds[len(row.index) :]
-            if all(start <= at < stop for at, (start, stop) in zip(row.index, stacked, strict=True)):
-                place = tuple(at - start for at, (start, _) in zip(row.index, stacked, strict=True))
-                out[place] = row.to_param(self.files.array(row.key))[tuple(slice(*bound) for bound in inner)]
-        return out
+        shape, dtype = self.shapes[path], dtype or self.dtypes[path]
+        bounds = [_bounds(s, size) for s, size in zip(index or (slice(None),) * len(shape), shape, strict=True)]
+        out: np.ndarray | None = None
+        for row in self.rows[path]:
+            place, inner = _intersect(row, bounds)
+            if place is None:
+                continue
+            source = self._part(row, inner)
+            whole = [stop - start for start, stop in bounds]
+            if not copy and source.dtype == dtype and source.size == np.prod(whole, dtype=np.int64):
+                return source.reshape(whole)
+            out = np.empty(whole, dtype) if out is None else out
+            copy_into(out[place], source)
+        return np.empty([stop - start for start, stop in bounds], dtype) if out is None else out
+
+    def _part(self, row: Row, inner: tuple[slice, ...]) -> np.ndarray:
+        weight = self.tensor(row.key)
+        if weight.dtype == FP8:
+            assert self.config.fp8_block
+            return dequantise(row, weight, self.files.array(self.match.scales[row.key]), self.config.fp8_block, inner)
+        return row.to_param(weight)[inner]
+
+
+def _bounds(part: slice, size: int) -> tuple[int, int]:
+    """Where a slice of step 1 begins and ends in a dim of `size`; an empty one ends where it begins."""
+    start, stop, _ = part.indices(size)
+    return start, max(start, stop)
+
+
+def _intersect(row: Row, bounds: list[tuple[int, int]]) -> tuple[tuple[int | slice, ...] | None, tuple[slice, ...]]:
+    """Where in the slice `bounds` of the parameter a row's tensor lands (None: nowhere), and which part of the tensor."""
+    index = (*row.index, *(slice(None) for _ in range(len(bounds) - len(row.index))))
+    place, inner = [], []
+    for at, (start, stop) in zip(index, bounds, strict=True):
+        if isinstance(at, slice):
+            place.append(slice(None))
+            inner.append(slice(start, stop))
+        elif start <= at < stop:
+            place.append(at - start)
+        else:
+            return None, ()
+    return tuple(place), tuple(inner)

@@ -259,7 +259,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         mesh: Mesh | None = None,
         backend: BackendConfig | None = None,
     ) -> Qwen3VLMoeForConditionalGeneration:
-        """Opens a Hugging Face directory or a converted one.
+        """Opens a Hugging Face directory, a converted one, or a training run.
 
         Args:
           dtype: None = the checkpoint's own.
@@ -267,12 +267,12 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         Raises:
           ConfigError, CheckpointError: what is wrong with the directory, by file or key.
         """
-        from qvlmoe_jax import checkpoint  # orbax is slow to import and not needed to build a model
+        from qvlmoe_jax import checkpoint  # not needed to build a model
 
-        config = Qwen3VLMoeConfig.from_json(directory)
-        model = cls.abstract(config, backend=backend)
-        model.generation_config = GenerationConfig.from_directory(directory, config.to_hf())
-        return model.with_params(checkpoint.load_params(directory, config, dtype=dtype, mesh=mesh))
+        weights = checkpoint.open_weights(directory)
+        model = cls.abstract(weights.config, backend=backend)
+        model.generation_config = GenerationConfig.from_directory(checkpoint.side_files(weights), weights.config.to_hf())
+        return model.with_params(checkpoint.load_params(weights, dtype=dtype, mesh=mesh))
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
         """Writes config.json and safetensors in the hub's layout, which `transformers` and vLLM read."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.local_files import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The cap of the Rust reader; the 235B's largest header is some 10 kB."""
@@ -56,28 +56,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     nbytes: int
-
-
-def parse_json(text: bytes, what: str) -> Any:
-    """JSON in which a key may not come twice (Python keeps the last one silently).
-
-    Raises:
-      CheckpointError: `what` (a file, a header) is not JSON or repeats a key.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{what}: key {twice!r} appears twice, expected every key once")
-        return out
-
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what}: not valid JSON ({error}); the file is damaged, download it again") from None
 
 
 def _is_count(value: Any) -> bool:
@@ -163,15 +141,15 @@ def map_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
 def write_safetensors(
     path: str | Path,
     specs: Mapping[str, TensorSpec],
-    read: Callable[[str], np.ndarray],
+    blocks: Callable[[str], Iterable[np.ndarray]],
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes one file, holding one tensor in memory at a time.
+    """Writes one file, holding one block of one tensor in memory at a time.
 
     Args:
       specs: name -> (dtype, shape) of every tensor.
-      read: gives each tensor when its turn comes.
+      blocks: gives each tensor when its turn comes, as one or more arrays whose bytes follow one another.
       metadata: the header's free strings; transformers insists on `format`.
     Raises:
       CheckpointError: a dtype that the format has no name for.
@@ -191,6 +169,10 @@ def write_safetensors(
     with Path(path).open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            tensor = read(name)
-            assert (tensor.dtype, tensor.shape) == specs[name], f"{name}: {tensor.dtype} {tensor.shape}, promised {specs[name]}"
-            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            dtype, shape = specs[name]
+            written = 0
+            for block in blocks(name):
+                assert block.dtype == dtype, f"{name}: {block.dtype}, promised {dtype}"
+                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                written += block.size
+            assert written == math.prod(shape), f"{name}: {written} numbers, promised {shape}"

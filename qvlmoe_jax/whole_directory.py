@@ -11,6 +11,8 @@ from pathlib import Path
 
 from qvlmoe_jax.errors import CheckpointError
 
+REPLACED = ".replaced"
+
 
 def _remove(path: Path) -> None:
     """Removes a tree that a writer's background threads may still be filling for a moment after an interrupt."""
@@ -20,6 +22,45 @@ def _remove(path: Path) -> None:
             return
         time.sleep(0.1)
     shutil.rmtree(path)
+
+
+def check_replaced(destination: Path) -> None:
+    """Refuses to begin where an earlier `replace_directory` was killed between its two renames.
+
+    Raises:
+      CheckpointError: names the directory it left.
+    """
+    replaced = destination.with_name(destination.name + REPLACED)
+    if replaced.exists():
+        raise CheckpointError(
+            f"{replaced}: left over from a run that was killed while replacing {destination.name}; expected no such directory, "
+            f"remove it, or rename it back if {destination.name} is missing"
+        )
+
+
+def replace_directory(staging: Path, destination: Path) -> None:
+    """Renames `staging` to `destination`, which may exist: it is moved away first and removed once the new one is there."""
+    if not destination.exists():
+        os.rename(staging, destination)
+        return
+    replaced = destination.with_name(destination.name + REPLACED)
+    destination.rename(replaced)
+    try:
+        staging.rename(destination)
+    except BaseException:
+        replaced.rename(destination)
+        raise
+    _remove(replaced)
+
+
+def sync_tree(directory: Path) -> None:
+    """Waits until every file and directory below is on the disk, so that a rename never outlives what it names."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -33,12 +74,9 @@ def whole_directory(destination: Path, *, suffix: str, overwrite: bool = False) 
       CheckpointError: an earlier run was killed and its unfinished directory is still there. It is left for the user to judge.
     """
     destination = destination.resolve()
-    staging, replaced = (destination.with_name(destination.name + end) for end in (suffix, ".replaced"))
-    if overwrite and replaced.exists():
-        raise CheckpointError(
-            f"{replaced}: left over from a run that was killed while replacing {destination.name}; expected no such directory, "
-            f"remove it, or rename it back if {destination.name} is missing"
-        )
+    staging = destination.with_name(destination.name + suffix)
+    if overwrite:
+        check_replaced(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         staging.mkdir()
@@ -49,14 +87,9 @@ def whole_directory(destination: Path, *, suffix: str, overwrite: bool = False) 
         ) from None
     try:
         yield staging
-        if overwrite and destination.exists():
-            destination.rename(replaced)
-            try:
-                staging.rename(destination)
-            except BaseException:
-                replaced.rename(destination)
-                raise
-            _remove(replaced)
+        sync_tree(staging)
+        if overwrite:
+            replace_directory(staging, destination)
         else:
             os.rename(staging, destination)
     except BaseException:

@@ -45,7 +45,7 @@ tensors(
     "fp8 weights",
     lambda t: t.update({DOWN: t[DOWN].astype(ml_dtypes.float8_e4m3fn)}),
     DOWN,
-    "has dtype F8_E4M3, expected one of BF16, F16, F32",
+    "is F8_E4M3, but config.json has no quantization_config",
 )
 tensors("layouts that contradict", lambda t: t.update({DOWN: t[DOWN].swapaxes(1, 2)}), DOWN, "hub layout", "expected one layout")
 tensors("experts of no layout", lambda t: t.update({DOWN: t[DOWN][:, :, 1:]}), DOWN, "[8, 24, 63], expected [8, 24, 64] (hub")
@@ -89,7 +89,8 @@ config("config nested too deep", "[" * 200_000, "not valid JSON")
 config("config with an endless number", '{"model_type": ' + "9" * 5000 + "}", "not valid JSON")
 config("unknown model_type", {"model_type": "llama"}, "model_type is 'llama', expected 'qwen3_vl_moe'")
 config("text_config missing", {"text_config": None}, "text_config is missing, expected an object")
-config("quantised", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config", "expected unquantised")
+config("quantised otherwise", {"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq', expected 'fp8'")
+config("fp8 without blocks", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size is None, expected two")
 config("widths that contradict", {"vision_config": {"out_hidden_size": 72}}, "out_hidden_size = 72 contradicts", "size = 64")
 config("two numbers of experts", {"text_config": {"num_local_experts": 9}}, "num_experts = 8 contradicts", "_experts = 9")
 config(

@@ -232,9 +232,7 @@ def test_layer_kinds_follow_transformers_rule(data):
     layers = data.draw(st.integers(1, 12))
     dense = data.draw(st.lists(st.integers(0, layers + 2), max_size=6))
     step = data.draw(st.integers(1, 5))
-    config = variant(
-        tiny.TINY, text_config={"num_hidden_layers": layers, "mlp_only_layers": dense, "decoder_sparse_step": step}
-    )
+    config = variant(tiny.TINY, text_config={"num_hidden_layers": layers, "mlp_only_layers": dense, "decoder_sparse_step": step})
     kinds = Qwen3VLMoeConfig.from_hf(config).text_config.layer_kinds()
     assert kinds == tuple("moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in range(layers))
 

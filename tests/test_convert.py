@@ -96,9 +96,8 @@ def test_every_bit_arrives_through_both_orbax_apis(
     assert_same_bits(ocp.load(str(destination / "checkpoint"), abstract(expected)), expected)
     with ocp_v0.StandardCheckpointer() as checkpointer:
         assert_same_bits(checkpointer.restore(destination / "checkpoint" / "state", abstract(expected)), expected)
-    parsed = Qwen3VLMoeConfig.from_hf(config)
-    assert_same_bits(load_params(destination, parsed), expected)
-    assert_same_bits(load_params(source, parsed), expected)
+    assert_same_bits(load_params(open_weights(destination)), expected)
+    assert_same_bits(load_params(open_weights(source)), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -119,7 +118,7 @@ def test_tensors_of_several_dtypes_keep_their_own_and_their_stack_holds_them_all
         tensors[gate.format(layer)] = random_hf_tensors(tiny.UNIFORM)[gate.format(layer)]
     source = write_hf_checkpoint(tmp_path / "hf", tiny.UNIFORM, tensors)
     assert main(["hf2jax", str(source), str(destination)]) == 0
-    params = flatten(load_params(destination, Qwen3VLMoeConfig.from_hf(tiny.UNIFORM)))
+    params = flatten(load_params(open_weights(destination)))
     base = "model/language_model/layers/"
     assert params[base + "mlp/gate/weight"].dtype == np.float32
     assert params[base + "mlp/experts/down_proj"].dtype == BF16
@@ -135,7 +134,7 @@ def test_parameters_arrive_sharded_and_cast(converted: bool, source: Path, desti
     assert main(["hf2jax", str(source), str(destination)]) == 0
     mesh = make_mesh(fsdp=2, expert=2, tensor=2)
     directory = destination if converted else source
-    params = flatten(load_params(directory, Qwen3VLMoeConfig.from_hf(tiny.TINY), dtype=jnp.float32, mesh=mesh))
+    params = flatten(load_params(open_weights(directory), dtype=jnp.float32, mesh=mesh))
     expected = expected_params(tiny.TINY, random_hf_tensors(tiny.TINY, dtype=BF16))
     assert_same_bits(nest(params), {path: array.astype(np.float32) for path, array in expected.items()})
     experts = params["model/language_model/layers/2/mlp/experts/gate_up_proj"]
@@ -171,7 +170,7 @@ def test_a_tied_model_may_repeat_its_embedding_as_the_head(tmp_path: Path, desti
     record = json.loads((destination / "conversion.json").read_text())
     assert record["tied_lm_head"] == record["tensors"]["model.language_model.embed_tokens.weight"]
     assert "lm_head.weight" not in record["tensors"]
-    assert "lm_head/weight" not in flatten(load_params(destination, Qwen3VLMoeConfig.from_hf(tiny.DENSE_TIED)))
+    assert "lm_head/weight" not in flatten(load_params(open_weights(destination)))
 
 
 def test_side_files_are_copied_verbatim_and_weights_are_not(source: Path, destination: Path) -> None:
@@ -198,7 +197,7 @@ def test_the_last_line_sums_up(source: Path, destination: Path, capsys: pytest.C
 def test_saving_gives_back_the_files_in_the_hub_layout(tmp_path: Path) -> None:
     source = write_hf_checkpoint(tmp_path / "hf", tiny.MIXED, random_hf_tensors(tiny.MIXED, dtype=BF16, layout="v5"))
     config = Qwen3VLMoeConfig.from_json(source)
-    save_hf(tmp_path / "saved", config, load_params(source, config), max_shard_size=200_000)
+    save_hf(tmp_path / "saved", config, load_params(open_weights(source)), max_shard_size=200_000)
     shards = sorted((tmp_path / "saved").glob("*.safetensors"))
     assert len(shards) > 3
     found = {key: tensor for shard in shards for key, tensor in safetensors.numpy.load_file(shard).items()}
@@ -209,7 +208,7 @@ def test_saving_gives_back_the_files_in_the_hub_layout(tmp_path: Path) -> None:
 
 def test_saving_into_a_used_directory_or_another_tree_is_refused(source: Path, tmp_path: Path) -> None:
     config = Qwen3VLMoeConfig.from_json(source)
-    params = load_params(source, config)
+    params = load_params(open_weights(source))
     before = snapshot(source)
     with pytest.raises(CheckpointError, match="not empty"):
         save_hf(source, config, params)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import pytest
 
-from convert import hf2jax as module
 from convert.__main__ import main
+from convert.orbax_stream import LeafWriter, Piece
 from tests import tiny
 from tests.hf_checkpoints import random_hf_tensors, snapshot, write_hf_checkpoint
 
@@ -50,9 +51,7 @@ def test_overwrite_removes_nothing_but_a_converted_directory(source: Path, desti
 
 
 @pytest.mark.parametrize("leftover", [".converting", ".replaced"])
-def test_leftovers_of_a_killed_run_are_refused_by_name(
-    leftover: str, source: Path, destination: Path, capsys: Captured
-) -> None:
+def test_leftovers_of_a_killed_run_are_refused_by_name(leftover: str, source: Path, destination: Path, capsys: Captured) -> None:
     path = destination.with_name(destination.name + leftover)
     path.mkdir()
     (path / "half").write_text("written")
@@ -72,7 +71,7 @@ def test_source_and_destination_must_lie_apart(place: str, source: Path, capsys:
 
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a bug")])
-def test_a_run_that_fails_leaves_nothing(
+def test_a_run_that_fails_changes_nothing_and_can_be_resumed(
     failure: BaseException,
     existing: bool,
     source: Path,
@@ -82,25 +81,36 @@ def test_a_run_that_fails_leaves_nothing(
 ) -> None:
     before = {}
     if existing:
-        assert main(["hf2jax", str(source), str(destination)]) == 0
+        assert main(["hf2jax", str(source), str(destination), "--dtype", "float32"]) == 0
         before = snapshot(destination)
         capsys.readouterr()
+    write, written = LeafWriter.write, []
 
-    def fail(weights: Any, path: Path, dtype: Any) -> None:
-        path.mkdir()
-        (path / "half").write_text("written")
-        raise failure
+    def fail(self: LeafWriter, data: Any) -> Iterator[Piece]:
+        for piece in write(self, data):
+            written.append(piece)
+            yield piece
+            if len(written) == 20:
+                raise failure
 
-    monkeypatch.setattr(module, "write_checkpoint", fail)
     argv = ["hf2jax", str(source), str(destination), "--overwrite"]
-    if isinstance(failure, RuntimeError):  # not the user's error: the traceback is wanted
-        with pytest.raises(RuntimeError):
-            main(argv)
-    else:
-        assert main(argv) == (130 if isinstance(failure, KeyboardInterrupt) else 2)
-        assert len(capsys.readouterr().err.splitlines()) == 1
-    assert [path.name for path in destination.parent.iterdir()] == (["hf", "jax"] if existing else ["hf"])
+    with monkeypatch.context() as patch:
+        patch.setattr(LeafWriter, "write", fail)
+        if isinstance(failure, RuntimeError):  # not the user's error: the traceback is wanted
+            with pytest.raises(RuntimeError):
+                main(argv)
+        else:
+            assert main(argv) == (130 if isinstance(failure, KeyboardInterrupt) else 2)
+            assert len(capsys.readouterr().err.splitlines()) == 1
     assert (snapshot(destination) if existing else {}) == before
+    assert destination.exists() == existing
+
+    assert main(argv) == 2
+    assert "give --resume" in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == 0
+    assert "are there already" in capsys.readouterr().out
+    assert main(["verify", str(source), str(destination)]) == 0
+    assert sorted(path.name for path in destination.parent.iterdir()) == ["hf", "jax"]
 
 
 def test_an_old_directory_comes_back_if_the_new_one_cannot_take_its_place(
@@ -111,13 +121,16 @@ def test_an_old_directory_comes_back_if_the_new_one_cannot_take_its_place(
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(".converting"):
+        if self.parent.name.endswith(".converting") and self.name == "result":
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
-    assert main(["hf2jax", str(source), str(destination), "--overwrite"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        assert main(["hf2jax", str(source), str(destination), "--overwrite", "--dtype", "float32"]) == 2
     assert snapshot(destination) == before
+    assert main(["hf2jax", str(source), str(destination), "--overwrite", "--dtype", "float32", "--resume"]) == 0
+    assert json.loads((destination / "conversion.json").read_text())["dtype"] == "float32"
     assert sorted(path.name for path in destination.parent.iterdir()) == ["hf", "jax"]
 
 
@@ -143,7 +156,16 @@ def test_the_module_runs_as_a_command(source: Path, destination: Path) -> None:
     assert (destination / "checkpoint").is_dir()
 
 
-@pytest.mark.parametrize("argv", [[], ["jax2hf", "a", "b"], ["hf2jax", "a"], ["hf2jax", "a", "b", "--dtype", "int8"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["jax2hf", "a"],
+        ["jax2hf", "a", "b", "--max-shard-size", "big"],
+        ["hf2jax", "a"],
+        ["hf2jax", "a", "b", "--dtype", "int8"],
+    ],
+)
 def test_a_wrong_command_line_is_one_line(argv: list[str], capsys: Captured) -> None:
     assert main(argv) == 2
     out, err = capsys.readouterr()

@@ -26,3 +26,6 @@ BF16_KL_RATIO = 1.25
 
 ABLATION = 10 * LOGITS
 """What a bug must at least change in the logits for the parity tests to be called sensitive to it."""
+
+GREY_LEVELS = 2
+"""Largest difference of a processed pixel from transformers' torchvision resize, of 255: two roundings, one per pass."""

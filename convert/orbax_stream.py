@@ -1,0 +1,187 @@
+"""Writing an Orbax checkpoint that is larger than memory, file by file.
+
+Orbax saves whole arrays. So it saves a skeleton, the same tree with leaves of one number, which makes it write all of its own
+metadata; then each leaf's data is replaced through TensorStore, which Orbax stores arrays with. Arrays are plain zarr3 files
+(Orbax: `use_ocdbt=False`): each file appears by one rename and its name says what it holds, so what is finished is what is there,
+several processes write side by side, and there is no database to merge afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convert.chunks import Chunks, pieces, plan_chunks
+from qvlmoe_jax.checkpoint import ARRAYS_DIR
+from qvlmoe_jax.orbax_store import store_spec
+from qvlmoe_jax.param_tree import nest
+
+if TYPE_CHECKING:
+    import tensorstore as ts
+
+WRITES_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter to be written.
+
+    Attributes:
+      path: '/'-joined keys.
+      shape, dtype: of the whole parameter on disk.
+      chunks: how it is cut.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: Chunks
+
+    @property
+    def name(self) -> str:
+        """Orbax's name of the array: its directory inside the tree's."""
+        return self.path.replace("/", ".")
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file: a slice of a leaf."""
+
+    leaf: Leaf
+    cell: tuple[int, ...]
+    index: tuple[slice, ...]
+
+    @property
+    def file(self) -> str:
+        """Relative to the tree's directory (zarr3's default chunk keys)."""
+        return "/".join([self.leaf.name, "c", *map(str, self.cell)])
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod([s.stop - s.start for s in self.index], dtype=np.int64)) * self.leaf.dtype.itemsize
+
+
+def plan_leaves(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype]) -> list[Leaf]:
+    """The parameters in the order in which they are written."""
+    from qvlmoe_jax.sharding import table_row
+
+    return [
+        Leaf(path, shape, dtypes[path], plan_chunks(shape, table_row(path), dtypes[path].itemsize))
+        for path, shape in shapes.items()
+    ]
+
+
+def leaf_pieces(leaf: Leaf) -> list[Piece]:
+    """The files of one leaf."""
+    return [Piece(leaf, cell, index) for cell, index in pieces(leaf.shape, leaf.chunks)]
+
+
+def write_skeleton(checkpoint: Path, leaves: Iterable[Leaf]) -> None:
+    """An Orbax checkpoint of the leaves' names and kinds at `checkpoint` (absent), without their data."""
+    import jax
+    import jax.numpy as jnp
+    from orbax.checkpoint import v1 as ocp
+
+    host = jax.local_devices(backend="cpu")[0]
+    tree = {leaf.path: jax.device_put(jnp.zeros((1,) * len(leaf.shape), leaf.dtype), host) for leaf in leaves}
+    context = ocp.Context()
+    saving = context.array.saving
+    # what describes whole arrays on a mesh would be false of the leaves that replace these
+    saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, True, False
+    saving.enable_write_sharding_file, saving.array_metadata_store = False, None
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that there is no database to merge
+    try:
+        with context:
+            ocp.save(str(checkpoint.resolve()), nest(tree))
+    finally:
+        log.setLevel(level)
+    for leaf in leaves:
+        shutil.rmtree(checkpoint / ARRAYS_DIR / leaf.name)
+
+
+class LeafWriter:
+    """Writes pieces into a skeleton, a few at a time. Any number of processes may write different pieces."""
+
+    def __init__(self, checkpoint: Path):
+        import tensorstore as ts
+
+        self.directory = checkpoint / ARRAYS_DIR
+        # files reach the disk in the background (`sync`), not one by one while the next ones wait
+        self._context = ts.Context(
+            {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}, "file_io_sync": False}
+        )
+        self._stores: dict[str, ts.TensorStore] = {}
+
+    def create(self, leaf: Leaf) -> None:
+        """Writes the array's `zarr.json`, or checks the one that is there against the plan."""
+        import tensorstore as ts
+
+        raw = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        sharding = {"chunk_shape": leaf.chunks.chunk, "codecs": raw, "index_codecs": [*raw, {"name": "crc32c"}]}
+        metadata: dict[str, Any] = {
+            "shape": leaf.shape,
+            "data_type": leaf.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": leaf.chunks.file}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        }
+        spec = store_spec(self.directory, leaf.name) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+        self._stores[leaf.path] = ts.open(spec, create=True, open=True, context=self._context).result()
+
+    def done(self, piece: Piece) -> bool:
+        """The piece's file is there, and so is whole."""
+        return (self.directory / piece.file).is_file()
+
+    def sync(self, piece: Piece) -> None:
+        """Waits until the piece's file is on the disk, so that not even a power cut loses it."""
+        with (self.directory / piece.file).open("rb") as file:
+            os.fsync(file.fileno())
+
+    def write(self, data: Iterable[tuple[Piece, np.ndarray]]) -> Iterator[Piece]:
+        """Writes each array as its piece; yields the pieces once they are on disk."""
+        pending: deque[tuple[Piece, ts.WriteFutures]] = deque()
+        try:
+            for piece, array in data:
+                if piece.leaf.path not in self._stores:
+                    self.create(piece.leaf)
+                store = self._stores[piece.leaf.path][piece.index]
+                pending.append((piece, store.write(array, can_reference_source_data_indefinitely=True)))
+                del array
+                if len(pending) >= WRITES_IN_FLIGHT:
+                    yield _finished(pending)
+            while pending:
+                yield _finished(pending)
+        finally:
+            for _, future in pending:  # after an error: nothing of ours may still be writing when the caller goes on
+                future.exception()
+
+
+def _reason(error: Exception) -> str:
+    """The system's words, out of TensorStore's description of where it was."""
+    text = str(error).splitlines()[0]
+    found = re.search(r"\[OS error \d+: [^\]]*\]|No space left on device|Disk quota exceeded", text)
+    return f"{found[0] if found else text[:300]}; make room and go on with --resume"
+
+
+def _finished(pending: deque[tuple[Piece, Any]]) -> Piece:
+    piece, future = pending.popleft()
+    try:
+        future.result()
+    except (ValueError, RuntimeError, OSError) as error:
+        # TensorStore reports a full disk as a ValueError with the system's words in it
+        raise OSError(f"{piece.file}: cannot be written: {_reason(error)}") from error
+    return piece

@@ -1,0 +1,31 @@
+"""A tensor of the table, read from any kind of directory in blocks of bounded size, in the order of its bytes on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from qvlmoe_jax.checkpoint import Weights
+from qvlmoe_jax.fast_copy import copy_into
+from qvlmoe_jax.hf import Row
+
+BLOCK_BYTES = 32 << 20
+
+
+def tensor_blocks(weights: Weights, row: Row, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Contiguous arrays whose bytes, one after another, are the tensor `row.key` in `dtype` and the hub's orientation."""
+    outer = row.split[0]
+    row_bytes = max(1, int(np.prod(row.split[1:], dtype=np.int64)) * dtype.itemsize)
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(0, outer, step):
+        stop = min(start + step, outer)
+        index = row.hf_rows(start, stop)
+        slices = tuple(at if isinstance(at, slice) else slice(at, at + 1) for at in index)
+        part = weights.read(row.path, slices, dtype, copy=False)
+        # to_hf for this run of the outermost dim
+        shape = tuple(stop - start if axis == 0 else row.split[axis] for axis in row.axes)
+        turned = part.reshape(shape).transpose(np.argsort(row.axes))
+        block = np.empty(turned.shape, dtype)
+        copy_into(block, turned)
+        yield block
