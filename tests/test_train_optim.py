@@ -37,7 +37,8 @@ def random_tree(seed: int) -> dict[str, Any]:
 def directions(config: OptimizerConfig, steps: int) -> dict[str, Any]:
     """The last direction of `steps` random gradients at fixed parameters."""
     tx, params = make_optimizer(config), random_tree(0)
-    state, direction = tx.init(params), {}
+    state = tx.init(params)
+    direction: Any = {}
     for step in range(steps):
         direction, state = tx.update(random_tree(step + 1), state, params)
     return flatten(direction)
@@ -47,7 +48,8 @@ def alone(matrices: list[jax.Array]) -> jax.Array:
     """optax's own 2-D Muon over the gradients of one matrix, last direction."""
     tx = optax.contrib.muon(1.0, consistent_rms=0.2)
     params = {"w": jnp.zeros_like(matrices[0])}
-    state, updates = tx.init(params), params
+    state = tx.init(params)
+    updates: Any = params
     for gradient in matrices:
         updates, state = tx.update({"w": gradient}, state, params)
     return -updates["w"]
