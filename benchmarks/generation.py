@@ -63,7 +63,7 @@ def hub_tensors(model: Qwen3VLMoeForConditionalGeneration) -> dict[str, np.ndarr
     """The model's weights under the hub's keys."""
     flat = flatten(model.params())
 
-    def array(path: str, index: tuple[int, ...]) -> np.ndarray:
+    def array(path: str, index: tuple[int | slice, ...]) -> np.ndarray:
         return np.asarray(flat[path][index] if index else flat[path])
 
     return {row.key: row.to_hf(array(row.path, row.index)) for row in expand(model.config)}

@@ -93,6 +93,6 @@ def write_zarr_file(path: Path, array: np.ndarray, file_shape: Sequence[int], ch
 
 
 def _write(descriptor: int, array: np.ndarray) -> None:
-    data = memoryview(array.reshape(-1).view(np.uint8))
+    data = array.reshape(-1).view(np.uint8).data
     while data:  # Linux writes at most 2 GiB at once
         data = data[os.write(descriptor, data) :]

@@ -95,11 +95,11 @@ def _generate(args: argparse.Namespace) -> None:
     if args.prompt is None and not args.chat:
         raise UsageError("nothing to answer: expected --prompt TEXT, or --chat to read questions from stdin")
     mesh_sizes = None if args.mesh is None else parse_mesh(args.mesh)
-    from qvlmoe_jax.checkpoint import open_weights, side_files
+    from qvlmoe_jax.checkpoint import open_weights
     from qvlmoe_jax.generation_config import GenerationConfig
     from qvlmoe_jax.processor import Processor
 
-    files = side_files(open_weights(args.directory))
+    files = open_weights(args.directory).side_directory
     processor = Processor.from_pretrained(files)
     messages = [] if args.system is None else [{"role": "system", "content": [{"type": "text", "text": args.system}]}]
     question = None if args.prompt is None else [*args.media, {"type": "text", "text": args.prompt}]

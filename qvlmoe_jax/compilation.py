@@ -34,7 +34,7 @@ class CompileLog:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        jax.monitoring.register_event_duration_secs_listener(self._duration)
+        jax.monitoring.register_event_duration_secs_listener(self._duration)  # pyright: ignore[reportArgumentType]
         jax.monitoring.register_event_listener(self._event)
 
     def _duration(self, event: str, duration: float, **_: str | int) -> None:

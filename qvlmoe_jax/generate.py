@@ -79,7 +79,7 @@ def generate(
 
     given = cache
     dtype = model.model.language_model.embed_tokens.weight.dtype
-    cache = given or init_cache(model.config, layout.batch_size, layout.capacity, dtype=dtype)
+    cache = init_cache(model.config, layout.batch_size, layout.capacity, dtype=dtype) if given is None else given
     try:
         hidden, cache = _read_prompt(model, batch, layout, cache)
         progress = _first_token(model, hidden, cache.tokens, rules, bucket(max_new_tokens))
@@ -97,7 +97,7 @@ def generate(
         if given is not None:
             cache = _feed(model, progress.tokens, cache, progress.real)
     finally:
-        if given is not None:
+        if given is not None and cache is not None:
             given.refill(cache)  # the arrays it came with were given away
     return np.asarray(progress.answer)[:, :max_new_tokens]
 

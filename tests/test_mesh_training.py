@@ -21,6 +21,7 @@ from train.state import all_params, init_state
 from train.step import forward_losses, make_train_step
 
 SMALL = training.SMALL
+Item = Text | Image | Video
 CURVE_STEPS = 20
 SGD_LIKE = OptimizerConfig(learning_rate=1e-4, clip_norm=1.0)
 
@@ -39,9 +40,9 @@ def _name(value: Any) -> str:
     return "x".join(f"{axis}{n}" for axis, n in value.items()) if isinstance(value, dict) else str(value)
 
 
-def rows() -> list[list[cases.Item]]:
+def rows() -> list[list[Item]]:
     """Eight rows: text only, one picture, many, a video; their lengths differ."""
-    kinds: list[list[cases.Item]] = [
+    kinds: list[list[Item]] = [
         [Text(3), Image(2, 3), Text(4)],
         [Text(19)],
         [Image(1, 2), Text(2), Image(3, 2), Text(3)],
@@ -97,7 +98,7 @@ def one_device(tensors: dict[str, np.ndarray]) -> tuple[float, dict[str, Any]]:
 def test_loss_and_every_gradient_are_one_devices(
     sizes: dict[str, int], dispatch: str, tensors: dict[str, np.ndarray], one_device: tuple[float, dict[str, Any]], record: Any
 ) -> None:
-    model, mesh = build(tensors, dispatch), make_mesh(**sizes)
+    model, mesh = build(tensors, dispatch), make_mesh(**dict[str, Any](sizes))
     model = model.with_params(jax.tree.map(jax.device_put, model.params(), tree_shardings(model.params(), mesh)))
     with jax.set_mesh(mesh):
         loss, grads = loss_and_gradients(model, shard_batch(make_batch(8), mesh))
@@ -112,7 +113,7 @@ def curve(
 ) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of some steps of AdamW, two microbatches each, with the auxiliary loss on."""
     model = build(tensors, dispatch)
-    mesh = None if sizes is None else make_mesh(**sizes)
+    mesh = None if sizes is None else make_mesh(**dict[str, Any](sizes))
     tx, rate = make_optimizer(SGD_LIKE), schedule(ScheduleConfig(name="constant"), SGD_LIKE.learning_rate, CURVE_STEPS)
     params = jax.tree.map(jax.numpy.copy, model.params())
     if mesh is not None:

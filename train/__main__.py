@@ -29,7 +29,7 @@ def _use_compilation_cache() -> None:
     """Compiled programs are kept between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "qvlmoe_jax" / "xla"))
 
