@@ -62,7 +62,8 @@ def torch_curve(config: dict[str, Any], tensors: dict[str, np.ndarray], aux: flo
 
 
 @pytest.mark.parametrize(
-    ("name", "aux"), [("tiny", 0.0), pytest.param("tied", 0.01, marks=pytest.mark.slow), pytest.param("mixed", 0.0, marks=pytest.mark.slow)]
+    ("name", "aux"),
+    [("tiny", 0.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tied", 0.01), ("mixed", 0.0)))],
 )
 def test_ten_steps_follow_torch(name: str, aux: float, record) -> None:
     config = tiny.variant(tiny.ALL[name], text_config={"router_aux_loss_coef": aux})

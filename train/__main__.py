@@ -46,10 +46,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _plot(arguments: Sequence[str]) -> int:
-    from train.plot import plot
-
     if len(arguments) != 1:
         raise UsageError(f"plot takes one RUN, got {len(arguments)} arguments; see python -m train --help")
+    from train.plot import plot
+
     print(plot(arguments[0]))
     return 0
 
@@ -81,6 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"plot": _plot, "export": _export}.get(arguments[0])
     try:
         return _train(arguments) if command is None else command(arguments[1:])
+    except ModuleNotFoundError as error:
+        if error.name not in ("yaml", "grain", "pyarrow"):
+            raise
+        print(
+            f"error: training needs the package {error.name}, which is not installed; pip install 'qvlmoe_jax[train]'",
+            file=sys.stderr,
+        )
+        return 2
     except (QvlmoeError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
