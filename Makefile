@@ -15,8 +15,9 @@ help:  ## this list
 	@echo
 	@echo "PYTHON=$(PYTHON) (3.11 or newer) makes the environment, VENV=$(VENV) is where it lives."
 
-demo: $(VENV)/.installed  ## build a small checkpoint, convert it, ask about a picture, print the parity with transformers
+demo: $(VENV)/.installed  ## build a small checkpoint, convert it, ask about a picture, print the parity with transformers; then ask one that learnt to see
 	$(RUN) examples/demo.py --out $(OUT)
+	$(RUN) examples/easy_vqa_demo.py
 
 test: $(VENV)/.installed-test  ## the tests that take seconds each
 	$(RUN) -m pytest

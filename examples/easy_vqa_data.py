@@ -124,6 +124,11 @@ def write_start(directory: Path, words: Iterable[str]) -> None:
     build_tokenizer(words, VOCAB_SIZE).save(str(directory / "tokenizer.json"))
 
 
+def tokenizer_words(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """What the tokenizer is learnt from: each question and answer once, and the roles."""
+    return [*sorted({text for pair in pairs for text in pair}), "user\n", "assistant\n", "system\n"]
+
+
 def load_split(part: str) -> tuple[list[np.ndarray], list[tuple[str, str, int]]]:
     """The pictures `[64,64,3]` of `train` or `test`, and (question, answer, picture number)."""
     import easy_vqa
@@ -226,8 +231,7 @@ def write_all(out: Path, versions: int) -> dict[str, int]:
     def blind(part: list[tuple[str, str, int]]) -> Iterator[dict[str, Any]]:
         return (record(question, answer, None) for question, answer, _ in part)
 
-    words = sorted({question for question, _, _ in questions} | {answer for _, answer, _ in questions})
-    write_start(out / "start", [*words, "user\n", "assistant\n", "system\n"])
+    write_start(out / "start", tokenizer_words((question, answer) for question, answer, _ in questions))
     elsewhere = rng.permutation(len(held_questions))
     files = {
         "train.parquet": training(),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qvlmoe_jax import Qwen3VLMoeConfig
 from qvlmoe_jax.processor import Processor
 from train.data_config import DataConfig, SourceConfig
 
@@ -23,6 +24,9 @@ CHECKPOINT = Path(__file__).resolve().parent.parent / "examples" / "easy_vqa"
 def processor() -> Processor:
     """The easy-vqa model's: 64 x 64 pictures of 64 patches, 16 visual tokens."""
     return Processor.from_pretrained(CHECKPOINT)
+
+
+MODEL_CONFIG = Qwen3VLMoeConfig.from_json(CHECKPOINT)
 
 
 def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:

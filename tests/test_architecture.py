@@ -87,10 +87,20 @@ print("heavy:", *(name for name in {HEAVY} if name in sys.modules))
         "import qvlmoe_jax, qvlmoe_jax.errors; qvlmoe_jax.Qwen3VLMoeConfig; dir(qvlmoe_jax)",
         "import qvlmoe_jax.config, qvlmoe_jax.layer_plan, qvlmoe_jax.hf, qvlmoe_jax.safetensors_io",
         "import convert.__main__ as c; assert c.main(['hf2jax', 'nonexistent', 'never']) == 2",
+        "import qvlmoe_jax.__main__ as c; assert c.main(['generate', 'nonexistent', '--prompt', 'hi']) == 2",
+        "import qvlmoe_jax.__main__ as c\ntry: c.main(['generate', '--help'])\nexcept SystemExit as end: assert end.code == 0",
         "import convert.__main__ as c\ntry: c.main(['--help'])\nexcept SystemExit as end: assert end.code == 0",
         "import convert.__main__ as c\ntry: c.main(['hf2jax', '--help'])\nexcept SystemExit as end: assert end.code == 0",
     ],
-    ids=["public names", "config and table", "refusing bad input", "help", "help of a command"],
+    ids=[
+        "public names",
+        "config and table",
+        "refusing bad input",
+        "refusing to generate",
+        "help of generate",
+        "help",
+        "help of a command",
+    ],
 )
 def test_jax_waits_until_it_is_needed(code: str) -> None:
     result = python(code + PRINT_HEAVY)

@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.batch import IGNORED_LABEL
 from tests import tolerances
-from tests.data_cases import config, picture, processor
+from tests.data_cases import MODEL_CONFIG, config, picture, processor
 from train.data_config import DataConfig
 from train.documents import Document
 from train.packing import Packer
 
-CONFIG = processor().config
-assert CONFIG is not None
-VISION = CONFIG.vision_config
+VISION = MODEL_CONFIG.vision_config
 UNIT, WIDTH = VISION.merge_unit, VISION.patch_width
 
 
@@ -137,14 +135,14 @@ def test_a_packed_document_computes_what_it_computes_alone() -> None:
         chat("does the image contain a circle?", "yes", picture(4, (32, 128))),
         chat("what color?", "teal", picture(5)),
     ]
-    model = Qwen3VLMoeForConditionalGeneration.from_config(CONFIG, nnx.Rngs(0))
+    model = Qwen3VLMoeForConditionalGeneration.from_config(MODEL_CONFIG, nnx.Rngs(0))
     forward = jax.jit(lambda batch: model(batch).logits)
 
     from train.documents import DocumentMaker
     from train.records import RawRecord
 
     settings = config_of(batch_rows=2, vision_groups=1, vision_rows=3, row_patches=128)
-    maker = DocumentMaker(settings, CONFIG, processor())
+    maker = DocumentMaker(settings, MODEL_CONFIG, processor())
     packer = Packer(settings, VISION)
     documents = []
     for i, messages in enumerate(chats):
@@ -161,7 +159,8 @@ def test_a_packed_document_computes_what_it_computes_alone() -> None:
             placed[batch.input_ids[b, columns].tobytes()] = logits[b, columns]
     for messages, doc in zip(chats, documents, strict=True):
         arrays = processor().encode([messages], add_generation_prompt=False)
-        alone = np.asarray(forward(Batch.from_hf(CONFIG, **arrays)))[0, : len(doc["input_ids"])]
+        sizes = {"text_length": 96, "vision_rows": 3, "row_patches": 128}  # one program for all
+        alone = np.asarray(forward(Batch.from_hf(MODEL_CONFIG, **arrays, **sizes)))[0, : len(doc["input_ids"])]
         assert np.abs(placed[doc["input_ids"].tobytes()] - alone).max() < tolerances.BUCKETING
 
 

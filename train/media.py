@@ -9,7 +9,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from train.formats import Message, RecordError
 
@@ -51,6 +51,8 @@ def load_picture(given: Any, root: str) -> Image.Image:
     try:
         with Image.open(source) as picture:
             return picture.convert("RGB")
+    except UnidentifiedImageError:
+        raise RecordError(f"has a picture that cannot be decoded ({name}): no picture format") from None
     # Pillow raises nearly anything on damaged files: OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError.
     except Exception as error:
         raise RecordError(f"has a picture that cannot be decoded ({name}): {error}") from None
