@@ -48,8 +48,8 @@ def answer(model: Qwen3VLMoeForConditionalGeneration, processor: Processor, prom
     """Greedy answers `[n, NEW_TOKENS]`."""
     full = prompts + [prompts[-1]] * (BATCH - len(prompts))  # one shape, one compilation
     has_pictures = any(item["type"] == "image" for item in prompts[0][0]["content"])
-    sizes = {"vision_rows": BATCH, "row_patches": 64} if has_pictures else {}
-    batch = processor(full, padding_side="left", text_length=PROMPT_COLUMNS, **sizes)  # pyright: ignore[reportArgumentType]
+    rows, patches = (BATCH, 64) if has_pictures else (None, None)
+    batch = processor(full, padding_side="left", text_length=PROMPT_COLUMNS, vision_rows=rows, row_patches=patches)
     return np.asarray(generate(model, batch, max_new_tokens=NEW_TOKENS))[: len(prompts)]
 
 
@@ -69,12 +69,10 @@ def transformers_answers(directory: Path, inputs: dict[str, np.ndarray]) -> np.n
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    model: Any = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     tensors["mm_token_type_ids"] = (tensors["input_ids"] == model.config.image_token_id).int()
-    ids: Any = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        **tensors, max_new_tokens=NEW_TOKENS, do_sample=False
-    )
+    ids = model.generate(**tensors, max_new_tokens=NEW_TOKENS, do_sample=False)
     return ids[:, inputs["input_ids"].shape[1] :].numpy()
 
 

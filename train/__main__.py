@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,21 +24,14 @@ class UsageError(QvlmoeError):
     """The command line itself is wrong."""
 
 
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "qvlmoe_jax" / "xla"))
-
-
 def _train(arguments: Sequence[str]) -> int:
     from train.config import load_config
 
     config = load_config(arguments[0], arguments[1:])
-    _use_compilation_cache()
+    from qvlmoe_jax.compilation import persistent_cache
     from train.loop import train
+
+    persistent_cache()
 
     state = train(config)
     return 0 if int(state.step) >= config.steps else STOPPED

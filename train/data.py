@@ -133,8 +133,8 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
         limit = self._config.max_bad_records
         log.warning("bad record %s %s; skipped (%d of at most %d)", name, error, len(self._bad), limit)
         if len(self._bad) > limit:
-            first = "; ".join(f"{name} {error}" for name, error in list(self._bad.items())[-3:])
-            raise TrainingError(f"{len(self._bad)} bad records, more than max_bad_records = {limit}. The last: {first}")
+            newest = "; ".join(f"{name} {error}" for name, error in list(self._bad.items())[-3:])
+            raise TrainingError(f"{len(self._bad)} bad records, more than max_bad_records = {limit}. The last: {newest}")
 
     def _open_stream(self) -> grain.DatasetIterator[Document]:
         if self._stream is None:
