@@ -36,22 +36,32 @@ def _attend(
 
 
 def attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, segment_ids: jax.Array, causal: bool, backend: BackendConfig
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    segment_ids: jax.Array,
+    causal: bool,
+    backend: BackendConfig,
+    key_segment_ids: jax.Array | None = None,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
-    """Attention within segments: column t sees column s iff they share a segment and, when causal, s <= t.
+    """Attention within segments: query column t sees key column s iff they share a segment and, when causal, s <= t.
 
     Args:
-      q_BTNH, k_BTKH, v_BTKH: rotated heads; kv head j serves query heads j*G .. j*G+G-1. Scale is H**-0.5.
-      segment_ids: `[B,T]`, 0 for padding.
+      q_BTNH, k_BSKH, v_BSKH: rotated heads; kv head j serves query heads j*G .. j*G+G-1. Scale is H**-0.5.
+      segment_ids: `[B,T]` of the queries, 0 for padding. key_segment_ids: `[B,S]`; None = the queries' own.
+      first: the key column at which the first query stands (a KV cache holds the columns before it).
     Returns:
       `[B,T,N,H]` in the inputs' dtype. Columns of padding hold finite values without meaning.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
+    K = k_BSKH.shape[2]
+    keys = segment_ids if key_segment_ids is None else key_segment_ids
     q = q_BTNH.reshape(B, T, K, N // K, H)
     chunk = backend.attention_chunk
     if backend.attention_kernel(T) == "dense" or T <= chunk:
-        out = _attend(q, k_BTKH, v_BTKH, segment_ids, segment_ids, jnp.zeros((), jnp.int32), causal)
+        out = _attend(q, k_BSKH, v_BSKH, segment_ids, keys, jnp.asarray(first, jnp.int32), causal)
         return out.reshape(B, T, N, H)
 
     # Blocks of queries, one at a time; the backward pass recomputes a block's scores instead of keeping all T x S.
@@ -63,7 +73,7 @@ def attention(
     @jax.checkpoint
     def block(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q_block, q_segments, index = inputs
-        return _attend(q_block, k_BTKH, v_BTKH, q_segments, segment_ids, index * chunk, causal)
+        return _attend(q_block, k_BSKH, v_BSKH, q_segments, keys, first + index * chunk, causal)
 
     out = jax.lax.map(block, (q_blocks, segment_blocks, jnp.arange(blocks, dtype=jnp.int32)))
     return jnp.moveaxis(out, 0, 1).reshape(B, blocks * chunk, N, H)[:, :T]

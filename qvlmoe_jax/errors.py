@@ -17,6 +17,14 @@ class BatchError(QvlmoeError):
     """Model inputs disagree with each other or with the config."""
 
 
+class GenerationError(QvlmoeError):
+    """A generation was asked for that cannot be made: sampling values out of range, a cache too small."""
+
+
+class UsageError(QvlmoeError):
+    """The command line itself is wrong."""
+
+
 class ProcessorError(QvlmoeError):
     """A conversation, an option or a processor file cannot be turned into model inputs."""
 

@@ -22,10 +22,10 @@ def ragged_experts(rows_RD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Ar
     precision = jax.lax.Precision.HIGHEST if rows_RD.dtype == jnp.float32 else None
     hidden = jax.lax.ragged_dot(rows_RD, gate_up_ED2F.reshape(E, D, 2 * F), group_sizes_E, precision=precision)
     act = swiglu(hidden[:, :F], hidden[:, F:])
-    return _zero_past(jax.lax.ragged_dot(act, down_EFD, group_sizes_E, precision=precision), group_sizes_E)
+    return zero_past(jax.lax.ragged_dot(act, down_EFD, group_sizes_E, precision=precision), group_sizes_E)
 
 
-def _zero_past(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def zero_past(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Zeroes the rows that belong to no group (padding tokens, experts of other devices)."""
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None], rows, 0)
 
@@ -82,17 +82,21 @@ def tiled_experts(rows_RD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Arr
     Returns:
       `[R,D]`, zero in the rows that belong to nobody.
     """
-    return _tiled_forward(rows_RD, gate_up_ED2F, down_EFD, group_sizes_E)[0]
+    return run_tiles(rows_RD, gate_up_ED2F, down_EFD, group_sizes_E)
 
 
-def _tiled_forward(rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, Any]:
+def run_tiles(
+    rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array, first_expert: jax.Array | int = 0
+) -> jax.Array:
+    """`tiled_experts` without a gradient. Group 0's weights are those at `first_expert`, which lets the stacks of all layers
+    be passed whole."""
     R, D = rows.shape
-    E, _, _, F = gate_up.shape
-    tile = _tile_rows(R, E)
+    F = gate_up.shape[-1]
+    tile = _tile_rows(R, group_sizes.shape[0])
     padded = jnp.pad(rows, ((0, tile), (0, 0)))
 
     def open_expert(_: jax.Array, expert: jax.Array) -> Any:
-        return gate_up[expert].reshape(D, 2 * F), down[expert]
+        return gate_up[first_expert + expert].reshape(D, 2 * F), down[first_expert + expert]
 
     def on_tile(out: jax.Array, weights: Any, first: jax.Array, _: jax.Array) -> Any:
         hidden = einsum("RD,DF->RF", _slice_rows(padded, first, tile), weights[0])
@@ -100,7 +104,11 @@ def _tiled_forward(rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_s
         return _write_rows(out, y, first), weights
 
     out = _for_each_tile(group_sizes, tile, open_expert, lambda out, *_: out, on_tile, jnp.zeros_like(padded))
-    return _zero_past(out[:R], group_sizes), (rows, gate_up, down, group_sizes)
+    return zero_past(out[:R], group_sizes)
+
+
+def _tiled_forward(*inputs: jax.Array) -> tuple[jax.Array, Any]:
+    return run_tiles(*inputs), inputs
 
 
 def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
@@ -137,7 +145,7 @@ def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Ar
 
     zeros = jnp.zeros_like(padded), jnp.zeros_like(gate_up), jnp.zeros_like(down)
     d_rows, d_gate_up, d_down = _for_each_tile(group_sizes, tile, open_expert, close_expert, on_tile, zeros)
-    return _zero_past(d_rows[:R], group_sizes), d_gate_up, d_down, None
+    return zero_past(d_rows[:R], group_sizes), d_gate_up, d_down, None
 
 
 tiled_experts.defvjp(_tiled_forward, _tiled_backward)

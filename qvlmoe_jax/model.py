@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.config import Qwen3VLMoeConfig
+from qvlmoe_jax.generation_config import GenerationConfig
 from qvlmoe_jax.layers import Embed, Linear, einsum, truncated_normal
 from qvlmoe_jax.moe import RouterStats
 from qvlmoe_jax.sharding import BATCH, constrain, tree_shardings
@@ -72,8 +73,14 @@ class Qwen3VLMoeModel(nnx.Module):
         self.visual = Qwen3VLMoeVisionModel(config.vision_config, backend=backend, dtype=dtype, rngs=rngs)
         self.language_model = Qwen3VLMoeTextModel(config.text_config, backend=backend, dtype=dtype, rngs=rngs)
 
-    def visual_features(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Visual tokens `[G,M,D]` and DeepStack features `[K,G,M,D]`; an all-padding input skips the tower (one `lax.cond`)."""
+    @jax.named_scope("visual")
+    def visual_features(self, batch: Batch) -> tuple[jax.Array, jax.Array] | None:
+        """Visual tokens `[G,M,D]` and DeepStack features `[K,G,M,D]`; None when the batch has no room for pictures.
+
+        An all-padding input skips the tower (one `lax.cond`).
+        """
+        if not batch.patch_segment_ids.size:
+            return None
         vision = self.config.vision_config
         G, R, P = batch.patch_segment_ids.shape
         K, M = len(vision.deepstack_visual_indexes), R * P // vision.merge_unit
@@ -95,22 +102,37 @@ class Qwen3VLMoeModel(nnx.Module):
         tokens, deepstack = jax.lax.cond(jnp.any(batch.patch_segment_ids > 0), tower, nothing)
         return constrain(tokens, BATCH, None, None), constrain(deepstack, None, BATCH, None, None)
 
+    def embed(
+        self,
+        input_ids: jax.Array,
+        visual_index: jax.Array,
+        visual: tuple[jax.Array, jax.Array] | None,
+        inputs_embeds: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Embeddings `[B,T,D]` with visual tokens at their columns, and DeepStack features `[K,B,T,D]` (None without).
+
+        Args:
+          input_ids, visual_index: `[B,T]`, any run of a batch's columns.
+          visual: what `visual_features` returned; None = no pictures.
+        """
+        with jax.named_scope("embed"):
+            x = self.language_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if visual is None:
+            return x, None
+        with jax.named_scope("fusion"):
+            tokens, features = visual
+            x = jnp.where((visual_index >= 0)[..., None], gather_visual(tokens, visual_index), x)
+            if not features.shape[0]:
+                return x, None
+            return x, jax.vmap(gather_visual, in_axes=(0, None))(features, visual_index)
+
     def __call__(self, batch: Batch, *, inputs_embeds: jax.Array | None = None, output_hidden_states: bool = False) -> TextOutput:
         """Embeds, puts visual tokens at their columns, runs the decoder with DeepStack.
 
         `inputs_embeds [B,T,D]` replaces the lookup; visual tokens are still put in.
         """
         batch = jax.tree.map(jnp.asarray, batch)
-        with jax.named_scope("embed"):
-            x = self.language_model.embed_tokens(batch.input_ids) if inputs_embeds is None else inputs_embeds
-        deepstack = None
-        if batch.patch_segment_ids.size:
-            with jax.named_scope("visual"):
-                tokens, features = self.visual_features(batch)
-            with jax.named_scope("fusion"):
-                x = jnp.where((batch.visual_index >= 0)[..., None], gather_visual(tokens, batch.visual_index), x)
-                if features.shape[0]:
-                    deepstack = jax.vmap(gather_visual, in_axes=(0, None))(features, batch.visual_index)
+        x, deepstack = self.embed(batch.input_ids, batch.visual_index, self.visual_features(batch), inputs_embeds)
         return self.language_model(
             inputs_embeds=x,
             position_ids=batch.position_ids,
@@ -140,6 +162,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
     Attributes:
       model: `Qwen3VLMoeModel`.
       lm_head: `Linear [D,V]`, or None when tied to the embedding.
+      generation_config: the checkpoint's stop tokens and sampling values; empty for a model made from a config.
     """
 
     def __init__(
@@ -150,7 +173,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         backend: BackendConfig | None = None,
     ):
-        self.config = config
+        self.config, self.generation_config = config, GenerationConfig()
         self.backend = (backend or BackendConfig()).resolve(jax.default_backend())
         self.model = Qwen3VLMoeModel(config, backend=self.backend, dtype=dtype, rngs=rngs)
         D, V = config.text_config.hidden_size, config.text_config.vocab_size
@@ -179,15 +202,19 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         out = self.model(batch, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states)
         with jax.named_scope("lm_head"):
             hidden = keep_columns(out.last_hidden_state, jnp.asarray(batch.segment_ids), logits_to_keep)
-            if self.lm_head is None:
-                logits = einsum("BTD,VD->BTV", hidden, self.model.language_model.embed_tokens.weight[...])
-            else:
-                logits = self.lm_head(hidden)
-            logits = constrain(logits, BATCH, "context", "tensor")
+            logits = self.logits(hidden)
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
         aux = load_balancing_loss(out.router_stats) if output_router_logits and out.router_stats is not None else None
         return ModelOutput(logits, aux, out.router_stats, out.hidden_states)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """The head: `[B,T,D]` normed hidden states -> `[B,T,V]`."""
+        if self.lm_head is None:
+            logits = einsum("BTD,VD->BTV", hidden, self.model.language_model.embed_tokens.weight[...])
+        else:
+            logits = self.lm_head(hidden)
+        return constrain(logits, BATCH, "context", "tensor")
 
     @classmethod
     def from_config(
@@ -244,6 +271,8 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
 
         weights = checkpoint.open_weights(directory)
         model = cls.abstract(weights.config, backend=backend)
+        side = getattr(weights, "side_directory", directory)  # a training run keeps its side files apart
+        model.generation_config = GenerationConfig.from_directory(side, weights.config.to_hf())
         return model.with_params(checkpoint.load_params(weights, dtype=dtype, mesh=mesh))
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
 from qvlmoe_jax.experts import KERNELS
+from qvlmoe_jax.experts_stacked import STACKED_KERNELS
 from qvlmoe_jax.layers import Linear, einsum
 from qvlmoe_jax.sharding import BATCH, active_mesh, fit, partition_spec
 
@@ -93,7 +94,11 @@ class Qwen3VLMoeTextExperts(nnx.Module):
 
 
 class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
-    """Router and experts of one layer: `(x [B,T,D], valid [B,T]) -> (y [B,T,D], RouterStats)`."""
+    """Router and experts of one layer: `(x [B,T,D], valid [B,T]) -> (y [B,T,D], RouterStats)`.
+
+    With `stacked_layer` (int32 scalar) the experts' weights are still those of all layers, `[L,E,...]`, and this is the one
+    to use: a decoding step reads the few experts it chose, where slicing its layer out would copy them all.
+    """
 
     def __init__(self, config: Qwen3VLMoeTextConfig, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         self.k, self.num_experts, self.backend = config.num_experts_per_tok, config.num_experts, backend
@@ -106,11 +111,13 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         )
         self.experts = Qwen3VLMoeTextExperts(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, stacked_layer: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterStats]:
         gate, gate_up, down = self.gate.weight[...], self.experts.gate_up_proj[...], self.experts.down_proj[...]
         mesh = active_mesh()
         if mesh is None:
-            return self._device(x_BTD, valid_BT, gate, gate_up, down, layout=_Layout())
+            return self._device(x_BTD, valid_BT, gate, gate_up, down, stacked_layer, layout=_Layout())
         tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
         # The weights are taken as the table left them, so entering the region moves nothing.
         gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
@@ -118,10 +125,10 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         layout = _Layout.of(tokens, gate_up_spec, down_spec)
         return jax.shard_map(
             functools.partial(self._device, layout=layout),
-            in_specs=(P(*tokens, None), tokens, P(), gate_up_spec, down_spec),
+            in_specs=(P(*tokens, None), tokens, P(), gate_up_spec, down_spec, P()),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
-        )(x_BTD, valid_BT, gate, gate_up, down)
+        )(x_BTD, valid_BT, gate, gate_up, down, stacked_layer)
 
     def _choose(self, x_SD: jax.Array, valid_S: jax.Array, gate_DE: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Weights `[S,k]`, experts `[S,k]` (padding: nobody) and the sums over these tokens."""
@@ -139,7 +146,15 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         return weights, experts, stats
 
     def _device(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, gate: jax.Array, gate_up: jax.Array, down: jax.Array, *, layout: _Layout
+        self,
+        x_BTD: jax.Array,
+        valid_BT: jax.Array,
+        gate: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+        stacked_layer: jax.Array | None,
+        *,
+        layout: _Layout,
     ) -> tuple[jax.Array, RouterStats]:
         """What one device does with its tokens and its experts; with an empty layout, the whole block."""
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -148,19 +163,24 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             if layout.token_axes:
                 stats = jax.lax.psum(stats, layout.token_axes)
         with jax.named_scope("dispatch"):
+            if stacked_layer is not None and (layout.gate_up_fsdp or layout.down_fsdp):
+                gate_up, down, stacked_layer = gate_up[stacked_layer], down[stacked_layer], None  # gathering copies it anyway
             if layout.gate_up_fsdp:
                 gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=1, tiled=True)
             if layout.down_fsdp:
                 down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
             if layout.gather_tokens:
                 x, weights, experts = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, experts))
-            local = gate_up.shape[0]
+            local = gate_up.shape[-4]
             if layout.experts:
                 experts = experts - jax.lax.axis_index("expert") * local
                 experts = jnp.where((experts >= 0) & (experts < local), experts, local)
             rows, order, group_sizes = dispatch(x, experts, local)
         with jax.named_scope("experts"):
-            rows = KERNELS[self.backend.experts](rows, gate_up, down, group_sizes)
+            if stacked_layer is None:
+                rows = KERNELS[self.backend.experts](rows, gate_up, down, group_sizes)
+            else:
+                rows = STACKED_KERNELS[self.backend.experts](rows, gate_up, down, group_sizes, stacked_layer)
         with jax.named_scope("combine"):
             y = combine(rows, order, weights)
             if layout.tensor:
@@ -194,8 +214,8 @@ class _Layout:
 
         return cls(
             token_axes=axes(tokens[0]) + axes(tokens[1]),
-            experts="expert" in axes(gate_up[0]),
-            tensor="tensor" in axes(gate_up[3]),
-            gate_up_fsdp="fsdp" in axes(gate_up[1]),
-            down_fsdp="fsdp" in axes(down[2]),
+            experts="expert" in axes(gate_up[-4]),
+            tensor="tensor" in axes(gate_up[-1]),
+            gate_up_fsdp="fsdp" in axes(gate_up[-3]),
+            down_fsdp="fsdp" in axes(down[-1]),
         )

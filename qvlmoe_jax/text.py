@@ -38,13 +38,18 @@ class Qwen3VLMoeTextAttention(nnx.Module):
         self.q_norm = RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> jax.Array:
+    def heads(self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated q `[B,T,N,H]`, rotated k and v `[B,T,K,H]`."""
         q = rotate(self.q_norm(self.q_proj(x_BTD)), *rotary)
         k = rotate(self.k_norm(self.k_proj(x_BTD)), *rotary)
         v = self.v_proj(x_BTD)
         # Under context parallelism queries stay where they are; keys and values are gathered.
         q = constrain(q, BATCH, "context", "tensor", None)
         k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
+        return q, k, v
+
+    def __call__(self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> jax.Array:
+        q, k, v = self.heads(x_BTD, rotary)
         return self.o_proj(attention(q, k, v, segment_ids=segment_ids, causal=True, backend=self.backend))
 
 
@@ -81,9 +86,15 @@ class Qwen3VLMoeTextDecoderLayer(nnx.Module):
         self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array
     ) -> tuple[jax.Array, RouterStats | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotary, segment_ids)
+        return self.feed_forward(x, segment_ids > 0)
+
+    def feed_forward(
+        self, x: jax.Array, valid: jax.Array, stacked_layer: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """The layer's second half. `stacked_layer`: see `Qwen3VLMoeTextSparseMoeBlock`."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, Qwen3VLMoeTextSparseMoeBlock):
-            y, stats = self.mlp(normed, segment_ids > 0)
+            y, stats = self.mlp(normed, valid, stacked_layer)
         else:
             y, stats = self.mlp(normed), None
         return constrain(x + y, BATCH, "context", None), stats
@@ -164,25 +175,29 @@ class Qwen3VLMoeTextModel(nnx.Module):
         B, T, _ = x.shape
         if segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
-        config = self.config
-        with jax.named_scope("rotary"):
-            rotary = text_rotary(
-                broadcast_positions(position_ids, B, T),
-                head_dim=config.head_dim,
-                theta=config.rope_theta,
-                mrope_section=config.mrope_section,
-                dtype=x.dtype,
-            )
+        rotary = self.rotary(broadcast_positions(position_ids, B, T), x.dtype)
         if deepstack is None:
             deepstack = jnp.zeros((0, *x.shape), x.dtype)
         before, collected = x[None], []
-        for run in plan_layers(config.layer_kinds()):
+        for run in plan_layers(self.config.layer_kinds()):
             x, outputs = self._scan(run, x, rotary, segment_ids, deepstack, output_hidden_states)
             collected.append(outputs)
         x = self.norm(x)
         layer_outputs, stats = zip(*collected, strict=True)
         hidden = jnp.concatenate([before, *layer_outputs])[:-1] if output_hidden_states else None
         return TextOutput(x, _concatenate(stats), None if hidden is None else jnp.concatenate([hidden, x[None]]))
+
+    def rotary(self, position_ids: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+        """cos and sin `[B,T,H]` for positions `[3,B,T]`."""
+        config = self.config
+        with jax.named_scope("rotary"):
+            return text_rotary(
+                position_ids,
+                head_dim=config.head_dim,
+                theta=config.rope_theta,
+                mrope_section=config.mrope_section,
+                dtype=dtype,
+            )
 
     def slot_layers(self, slot: Slot) -> Qwen3VLMoeTextDecoderLayer:
         """The stacked layers of a slot."""

@@ -1,0 +1,169 @@
+"""The decoder over a KV cache: `prefill` reads a prompt, `decode_step` one more token per row, both by the same `extend`.
+
+B rows, T new columns, S cache columns, D hidden, K DeepStack levels, V vocab. Every function here is pure: jit it and donate
+the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qvlmoe_jax.attention import attention
+from qvlmoe_jax.batch import Batch
+from qvlmoe_jax.cache import CACHE_SPEC, KVCache
+from qvlmoe_jax.layer_plan import Run, plan_layers
+from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
+from qvlmoe_jax.sharding import BATCH, constrain
+from qvlmoe_jax.text import Qwen3VLMoeTextDecoderLayer, Qwen3VLMoeTextModel
+
+Visual = tuple[jax.Array, jax.Array] | None
+"""What `Qwen3VLMoeModel.visual_features` returns."""
+
+
+def prefill(model: Qwen3VLMoeForConditionalGeneration, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Reads a prompt, or the next turn of a conversation, into the cache.
+
+    Args:
+      batch: the new columns only, with positions counted from 0 as `Batch.from_hf` makes them; every row holds a token. They
+        continue where each row of the cache stands. Padding may lie on either side.
+      cache: needs room for all T columns of the batch. Those past its last token are written over later.
+    Returns:
+      the logits `[B,V]` after each row's last token, and the cache.
+    """
+    batch = jax.tree.map(jnp.asarray, batch)
+    hidden = jnp.zeros((batch.input_ids.shape[0], model.config.text_config.hidden_size), cache.k.dtype)
+    positions = batch.position_ids + cache.next_position[:, None]
+    hidden, cache = read(model, text_columns(batch, positions), model.model.visual_features(batch), hidden, cache)
+    return head(model, hidden), cache
+
+
+def decode_step(
+    model: Qwen3VLMoeForConditionalGeneration, tokens: jax.Array, cache: KVCache, valid: jax.Array | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Reads one token per row: `tokens [B]` -> the logits `[B,V]` after them, and the cache.
+
+    Args:
+      valid: `[B]` bool, False for rows that take no token in this step (their logits mean nothing); None = all take one.
+    """
+    B = tokens.shape[0]
+    segment_ids = jnp.ones((B, 1), jnp.int32) if valid is None else valid.astype(jnp.int32)[:, None]
+    columns = {
+        "input_ids": tokens[:, None],
+        "visual_index": jnp.full((B, 1), -1, jnp.int32),
+        "segment_ids": segment_ids,
+        "position_ids": jnp.broadcast_to(cache.next_position[:, None], (3, B, 1)),
+    }
+    x, cache = extend(model, columns, None, cache)
+    return head(model, x[:, 0]), dataclasses.replace(cache, length=cache.length + 1)
+
+
+def text_columns(batch: Batch, position_ids: jax.Array) -> dict[str, jax.Array]:
+    """The fields of `batch` that have one entry per text column, with these positions `[3,B,T]`."""
+    names = ("input_ids", "visual_index", "segment_ids")
+    return {name: getattr(batch, name) for name in names} | {"position_ids": position_ids}
+
+
+def read(
+    model: Qwen3VLMoeForConditionalGeneration, columns: dict[str, jax.Array], visual: Visual, hidden: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """A prompt's columns, all or a chunk of them.
+
+    Args:
+      columns: `input_ids, visual_index, segment_ids [B,T]`, `position_ids [3,B,T]` (absolute).
+      hidden: `[B,D]`, kept for rows without a token among these columns.
+    Returns:
+      the normed hidden state `[B,D]` of each row's last token so far, and the cache.
+    """
+    x, cache = extend(model, columns, visual, cache)
+    valid = columns["segment_ids"] > 0
+    column = jnp.arange(valid.shape[1])
+    last = jnp.max(jnp.where(valid, column, -1), axis=1)
+    own = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where((last >= 0)[:, None], own, hidden), dataclasses.replace(cache, length=cache.length + jnp.max(last) + 1)
+
+
+def head(model: Qwen3VLMoeForConditionalGeneration, hidden: jax.Array) -> jax.Array:
+    """Logits `[B,V]` of hidden states `[B,D]`."""
+    with jax.named_scope("lm_head"):
+        return model.logits(hidden[:, None])[:, 0]
+
+
+def extend(
+    model: Qwen3VLMoeForConditionalGeneration, columns: dict[str, jax.Array], visual: Visual, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Runs new columns through the decoder and writes them at `cache.length`, which the caller moves on.
+
+    Returns:
+      normed hidden states `[B,T,D]`, and the cache.
+    """
+    text = model.model.language_model
+    ids, positions, segment_ids = columns["input_ids"], columns["position_ids"], columns["segment_ids"]
+    x, deepstack = model.model.embed(ids, columns["visual_index"], visual)
+    x = constrain(x, BATCH, None, None)
+    valid = segment_ids > 0
+    ahead = jnp.max(jnp.where(valid, jnp.max(positions, axis=0) + 1, 0), axis=1)
+    cache = dataclasses.replace(
+        cache,
+        tokens=jax.lax.dynamic_update_slice(cache.tokens, jnp.where(valid, ids, -1), (0, cache.length)),
+        next_position=jnp.maximum(cache.next_position, ahead),
+    )
+    rotary = text.rotary(positions, x.dtype)
+    for run in plan_layers(text.config.layer_kinds()):
+        x, cache = _scan(text, run, x, rotary, segment_ids, deepstack, cache)
+    return text.norm(x), cache
+
+
+def _scan(
+    text: Qwen3VLMoeTextModel,
+    run: Run,
+    x: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    segment_ids: jax.Array,
+    deepstack: jax.Array | None,
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+    """The run's layers in order. The cache is carried, not scanned over: a carry is updated where it lies."""
+    levels = 0 if deepstack is None else deepstack.shape[0]
+
+    def body(carry: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array) -> tuple[Any, None]:
+        x, k, v = carry
+        for slot in run.slots:
+            layer, number = _layer(text.slot_layers(slot), index), slot.first + index * slot.period
+            with jax.named_scope("attention"):
+                q, new_k, new_v = layer.self_attn.heads(layer.input_layernorm(x), rotary)
+                k, v = (_write(a, new, number, cache.length) for a, new in ((k, new_k), (v, new_v)))
+                heads = attention(
+                    q,
+                    *(constrain(a[number], *CACHE_SPEC) for a in (k, v)),
+                    segment_ids=segment_ids,
+                    key_segment_ids=cache.segment_ids,
+                    first=cache.length,
+                    causal=True,
+                    backend=text.backend,
+                )
+                x = x + layer.self_attn.o_proj(heads)
+            x, _ = layer.feed_forward(x, segment_ids > 0, stacked_layer=index)
+            if slot.first < levels:
+                assert deepstack is not None
+                x = x + jnp.where(number < levels, deepstack[jnp.minimum(number, levels - 1)], 0)
+        return (x, k, v), None
+
+    (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), jnp.arange(run.repeats))
+    return x, dataclasses.replace(cache, k=k, v=v)
+
+
+def _layer(stacked: Qwen3VLMoeTextDecoderLayer, index: jax.Array) -> Qwen3VLMoeTextDecoderLayer:
+    """Layer `index` of a stack, but for its experts: those stay stacked (see `Qwen3VLMoeTextSparseMoeBlock`)."""
+
+    def pick(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if "experts" in jax.tree_util.keystr(path) else leaf[index]
+
+    return jax.tree_util.tree_map_with_path(pick, stacked)
+
+
+def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, column: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(cache_LBSKH, new_BTKH[None].astype(cache_LBSKH.dtype), (layer, 0, column, 0, 0))

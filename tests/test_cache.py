@@ -1,0 +1,177 @@
+"""The cache's memory, compiled programs that are used again, refusals, and a sharded decoder that computes what one device does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, make_mesh
+from qvlmoe_jax.cache import KVCache, cache_bytes, grow, init_cache
+from qvlmoe_jax.compilation import CompileLog
+from qvlmoe_jax.errors import GenerationError
+from qvlmoe_jax.generate import generate
+from qvlmoe_jax.incremental import decode_step, prefill
+from qvlmoe_jax.sharding import tree_shardings
+from tests import ours, prompts, tiny
+from tests.hf_checkpoints import random_hf_tensors
+from tests.tolerances import LOGITS
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3VLMoeForConditionalGeneration:
+    return ours.build_model(tiny.TINY, random_hf_tensors(tiny.TINY))
+
+
+def batch(model: Any, *names: str, **fields: Any) -> Batch:
+    inputs = prompts.batch([[prompts.row(tiny.TINY, name)] for name in names])
+    return Batch.from_hf(model.config, **inputs, **({"text_length": 64, "vision_rows": 4, "row_patches": 64} | fields))
+
+
+LOG = CompileLog()  # once: jax keeps its listeners
+
+
+@contextmanager
+def compilations(expected: int) -> Iterator[None]:
+    before = LOG.programs
+    yield
+    assert LOG.programs - before == expected
+
+
+def test_memory_is_as_computed() -> None:
+    """30B-A3B: 48 layers, 4 kv heads of 128, keys and values, 2 bytes: 98304 bytes a token."""
+    import json
+    from pathlib import Path
+
+    config = Qwen3VLMoeConfig.from_hf(json.loads((Path(__file__).parent / "data" / "config_30b_a3b.json").read_text()))
+    cache = jax.eval_shape(lambda: init_cache(config, 3, 1000, dtype=jnp.bfloat16))
+    assert cache.k.shape == cache.v.shape == (48, 3, 1000, 4, 128)
+    stored = sum(a.size * a.dtype.itemsize for a in (cache.k, cache.v))
+    assert stored == cache_bytes(config, 3, 1000, jnp.bfloat16) == 3 * 1000 * 98304
+
+
+def test_a_step_updates_the_cache_where_it_lies(model) -> None:
+    """The compiled step aliases the cache to its output and holds no second one meanwhile."""
+    cache = jax.eval_shape(lambda: init_cache(model.config, 2, 4096))
+    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    memory = jax.jit(decode_step, donate_argnums=2).lower(model, tokens, cache).compile().memory_analysis()
+    size = cache_bytes(model.config, 2, 4096, jnp.float32)
+    assert memory.alias_size_in_bytes >= size
+    layer = size // model.config.text_config.num_hidden_layers
+    assert memory.temp_size_in_bytes < 2 * layer
+
+
+def test_nothing_compiles_twice_in_a_bucket(model) -> None:
+    """Other prompts, other lengths, other numbers of new tokens, other sampling values, another seed."""
+    options: dict[str, Any] = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "eos_token_id": ()}
+    generate(model, batch(model, "image", "long text"), max_new_tokens=32, **options)
+    with compilations(0):
+        generate(model, batch(model, "mixed", "text"), max_new_tokens=32, **options)
+        generate(model, batch(model, "two images", "video"), max_new_tokens=17, **options, seed=3)
+        generate(model, batch(model, "text", "image"), max_new_tokens=25, **options | {"temperature": 1.2, "top_p": 0.3})
+    generate(model, batch(model, "text", "image"), max_new_tokens=20, **options, on_token=lambda tokens: None)
+    with compilations(0):
+        generate(model, batch(model, "mixed", "image"), max_new_tokens=31, **options, on_token=lambda tokens: None)
+
+
+def test_chunks_share_one_program(model) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": (), "prefill_chunk": 8}
+    generate(model, batch(model, "long text", "mixed"), **options)
+    with compilations(0):
+        generate(model, batch(model, "mixed", "long text"), **options)
+
+
+def test_the_counter_counts() -> None:
+    with compilations(1):
+        jax.jit(lambda x: x * 3 + 1.25)(np.ones(3, np.float32))
+
+
+def test_same_seed_same_text_whatever_stands_beside_it(model) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.9, "seed": 11, "eos_token_id": ()}
+    alone = generate(model, batch(model, "image"), **options)
+    np.testing.assert_array_equal(generate(model, batch(model, "image"), **options), alone)
+    for other in ("mixed", "long text"):
+        np.testing.assert_array_equal(generate(model, batch(model, "image", other), **options)[:1], alone)
+    assert (generate(model, batch(model, "image"), **options | {"seed": 12}) != alone).any()
+
+
+def test_a_cache_grows_without_forgetting(model) -> None:
+    first, second = batch(model, "image"), batch(model, "text")
+    small, large = init_cache(model.config, 1, 96), init_cache(model.config, 1, 256)
+    answers = []
+    for cache in (small, large):
+        generate(model, first, max_new_tokens=8, cache=cache, eos_token_id=())
+        cache = cache if cache is large else grow(cache, 256)
+        answers.append(generate(model, second, max_new_tokens=8, cache=cache, eos_token_id=()))
+    np.testing.assert_array_equal(*answers)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(model) -> None:
+    one = batch(model, "long text")
+    cache = init_cache(model.config, 1, 32)
+    with pytest.raises(GenerationError, match=r"the cache has 32 columns, 0 of them used; .* need 39; .*init_cache\(config, 1, 64\)"):
+        generate(model, one, max_new_tokens=10, cache=cache)
+    with pytest.raises(GenerationError, match="the cache has 1 rows, the batch 2"):
+        generate(model, batch(model, "text", "image"), max_new_tokens=1, cache=cache)
+    generate(model, one, max_new_tokens=3, cache=cache)
+    assert int(cache.length) == 32, "refused calls left the cache usable"
+    with pytest.raises(GenerationError, match="max_new_tokens = 0, expected a positive"):
+        generate(model, one, max_new_tokens=0)
+    packed = jax.tree.map(np.asarray, one)
+    packed.segment_ids[0, 4:] *= 2
+    with pytest.raises(GenerationError, match="several packed documents"):
+        generate(model, packed, max_new_tokens=1)
+    packed.segment_ids[0] = 0
+    with pytest.raises(GenerationError, match="holds no token"):
+        generate(model, packed, max_new_tokens=1)
+    with pytest.raises(GenerationError, match="0 rows and 5 columns"):
+        init_cache(model.config, 0, 5)
+
+
+def test_the_given_cache_survives_an_interruption(model) -> None:
+    cache = init_cache(model.config, 1, 128)
+
+    def interrupt(tokens: np.ndarray) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, batch(model, "text"), max_new_tokens=9, cache=cache, on_token=interrupt)
+    assert np.asarray(cache.tokens)[0, 0] >= 0, "its arrays are alive"
+
+
+SIZES = [
+    {"expert": 2, "tensor": 2, "fsdp": 2},
+    pytest.param({"expert": 8}, marks=pytest.mark.slow),
+    pytest.param({"tensor": 2, "data": 2}, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 4, "context": 2}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_is_single(model, sizes: dict[str, int], rows: int) -> None:
+    names = ("image", "mixed", "video", "long text")[:rows]
+    expected = generate(model, batch(model, *names), max_new_tokens=16, eos_token_id=())
+    cache = init_cache(model.config, rows, 96)
+    logits, cache = jax.jit(prefill)(model, batch(model, *names), cache)
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        spread = model.with_params(jax.device_put(model.params(), tree_shardings(model.params(), mesh)))
+        np.testing.assert_array_equal(
+            generate(spread, batch(model, *names), max_new_tokens=16, eos_token_id=()), expected
+        )
+        own = init_cache(model.config, rows, 96)
+        if sizes.get("tensor"):
+            assert own.k.sharding.shard_shape(own.k.shape)[3] == 1, "kv heads are spread over tensor"
+        got, own = jax.jit(prefill, donate_argnums=2)(spread, batch(model, *names), own)
+        np.testing.assert_allclose(got, logits, atol=LOGITS, rtol=0)
+        assert isinstance(own, KVCache)
+        streamed = generate(spread, batch(model, *names), max_new_tokens=16, eos_token_id=(), on_token=lambda tokens: None)
+        with compilations(0):
+            generate(spread, batch(model, *names), max_new_tokens=12, eos_token_id=(), on_token=lambda tokens: None)
+    np.testing.assert_array_equal(streamed, expected)
