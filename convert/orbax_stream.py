@@ -9,6 +9,7 @@ several processes write side by side, and there is no database to merge afterwar
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections import deque
@@ -120,7 +121,10 @@ class LeafWriter:
         import tensorstore as ts
 
         self.directory = checkpoint / ARRAYS_DIR
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}})
+        # files reach the disk in the background (`sync`), not one by one while the next ones wait
+        self._context = ts.Context(
+            {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}, "file_io_sync": False}
+        )
         self._stores: dict[str, ts.TensorStore] = {}
 
     def create(self, leaf: Leaf) -> None:
@@ -141,6 +145,11 @@ class LeafWriter:
     def done(self, piece: Piece) -> bool:
         """The piece's file is there, and so is whole."""
         return (self.directory / piece.file).is_file()
+
+    def sync(self, piece: Piece) -> None:
+        """Waits until the piece's file is on the disk, so that not even a power cut loses it."""
+        with (self.directory / piece.file).open("rb") as file:
+            os.fsync(file.fileno())
 
     def write(self, data: Iterable[tuple[Piece, np.ndarray]]) -> Iterator[Piece]:
         """Writes each array as its piece; yields the pieces once they are on disk."""
