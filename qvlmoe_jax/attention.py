@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.layers import einsum
+from qvlmoe_jax.splash import splash_attention
 
 
 def _attend(
@@ -57,6 +58,8 @@ def attention(
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
+    if backend.attention == "splash" and key_segment_ids is None:  # with a KV cache, queries do not start at column 0
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments=segment_ids, kv_segments=segment_ids, causal=causal)
     keys = segment_ids if key_segment_ids is None else key_segment_ids
     q = q_BTNH.reshape(B, T, K, N // K, H)
     chunk = backend.attention_chunk
