@@ -106,7 +106,9 @@ def splash_attention(
     return out[:, :T, :, :H]
 
 
-def _own_kv_heads(local: Any, splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array, heads: int, N: int) -> Any:
+def _own_kv_heads(
+    local: Any, splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array, heads: int, N: int
+) -> Any:
     """`local` where query heads are spread over `tensor` and kv heads are not: each query head takes its kv head's copy."""
     own = (jax.lax.axis_index("tensor") * heads + jnp.arange(heads)) // (N // k.shape[2])
     return local(splash, q, jnp.take(k, own, axis=2), jnp.take(v, own, axis=2), *segments)
