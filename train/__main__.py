@@ -17,7 +17,8 @@ USAGE = """usage: python -m train CONFIG.yaml [--dotted.key value ...]     train
        python -m train export RUN|RUN/checkpoints/STEP DST [--dtype bfloat16]    write a Hugging Face directory
 
 Every key of the config can be set on the command line, e.g. --optimizer.learning_rate 1e-4 --steps 200 --profile TRACE_DIR.
-Exit status: 0 done, 1 the plan does not fit, 2 an error of yours (one line on stderr), 130 interrupted, 143 stopped by SIGTERM after saving."""
+Exit status: 0 done, 1 the plan does not fit, 2 an error of yours (one line on stderr), 130 interrupted, 143 stopped by SIGTERM
+after saving."""
 
 STOPPED = 143  # 128 + SIGTERM, what a shell reports for a program ended by it
 
@@ -58,7 +59,7 @@ def _plot(arguments: Sequence[str]) -> int:
 def _plan(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train plan", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("--topology", required=True, help="kind:AxB[xC] of v4, v5e, v5p, v6e, tpu7x; v5p:4x4x4 is 64 chips")
+    parser.add_argument("--topology", help="kind:AxB[xC] of v4, v5e, v5p, v6e, tpu7x; v5p:4x4x4 is 64 chips")
     parser.add_argument("--dataset-tokens", type=float, help="also say how long one pass over so many text tokens takes")
     parser.add_argument("--sweep", action="store_true", help="try meshes, remat and batch sizes; print the best that fits")
     parser.add_argument("--programs", type=int, default=4, help="how many programs a sweep compiles at most")
@@ -67,6 +68,8 @@ def _plan(arguments: Sequence[str]) -> int:
         options, overrides = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; see python -m train plan --help") from None
+    if options.topology is None:
+        raise UsageError("plan needs --topology, such as v5p:4x4x4; see python -m train plan --help")
     from train import topology
 
     chosen = topology.Topology.parse(options.topology)

@@ -90,13 +90,9 @@ def computations(hlo: str) -> tuple[dict[str, _Computation], str]:
 
 def _opcode(rhs: str) -> tuple[str, str]:
     """`(opcode, result type)` of an instruction's right-hand side; tuple types hold parentheses, so they are skipped first."""
-    at = 0
-    if rhs.startswith("("):
-        depth = 0
-        for at, character in enumerate(rhs):
-            depth += (character == "(") - (character == ")")
-            if depth == 0:
-                break
+    at, depth = 0, 0
+    while rhs.startswith("(") and (at == 0 or depth):
+        depth += (rhs[at] == "(") - (rhs[at] == ")")
         at += 1
     match = _OPCODE.search(rhs, max(0, at - 1))
     return (match[1], rhs[: match.start(1)]) if match else ("", rhs)
@@ -108,21 +104,26 @@ def groups(text: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
     Args:
       mesh: axis -> size in the order of the devices; partition i is the mesh's device i in row-major order.
     """
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        axes = tuple(re.findall(r"'(\w+)'", named[2]))
-        sizes = {**mesh, **{name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}}
-        return axes, math.prod(sizes[axis] for axis in axes)
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        return _spanned(ids.reshape(shape)[0].reshape(-1).tolist(), mesh)
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", text):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        ids = _iota(named[2] or f"[{math.prod(sizes.values())}]").reshape(tuple(sizes.values()))
+        within = re.findall(r"'(\w+)'", named[3])
+        one = ids[tuple(slice(None) if name in within else 0 for name in sizes)]
+        return _spanned(one.reshape(-1).tolist(), mesh)
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _spanned(_iota(iota[2]).reshape([int(n) for n in iota[1].split(",")])[0].reshape(-1).tolist(), mesh)
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return _spanned([int(n) for n in listed[1].split(",")], mesh)
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return _spanned([int(pairs[1]), int(pairs[2])], mesh)[0], 2
     return tuple(axis for axis, n in mesh.items() if n > 1), math.prod(mesh.values())
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: the numbers from 0 in that shape, transposed, in a row."""
+    dims, _, order = text.strip("[)").partition("]T(")
+    ids = np.arange(math.prod(shape := [int(n) for n in dims.strip("]").split(",")])).reshape(shape)
+    return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).reshape(-1)
 
 
 def _spanned(ids: Sequence[int], mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
