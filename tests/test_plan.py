@@ -26,12 +26,12 @@ PROGRAM = """HloModule jit_train_step, is_scheduled=true
 
 %body.1 (p: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
   %p = (s32[], bf16[64,32]{1,0:T(8,128)(2,1)}) parameter(0)
-  %all-gather.1 = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, metadata={op_name="f/layer/gather"}
-  %kernel = f32[8]{0} custom-call(%y), custom_call_target="tpu_custom_call", backend_config={"text": "
+  %ag.1 = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=[2,4]<=[4,2]T(1,0), metadata={op_name="f/layer/gather"}
+  %kernel = f32[8]{0} custom-call(%y), backend_config={"text": "
 } // a line of the kernel that begins with a brace
   %fake = f32[] all-reduce-like
 "}
-  ROOT %t = (s32[], bf16[64,32]{1,0}) tuple(%p, %all-gather.1)
+  ROOT %t = (s32[], bf16[64,32]{1,0}) tuple(%p, %ag.1)
 }
 
 %wrapped (a: s32[], b: s32[]) -> pred[] {
