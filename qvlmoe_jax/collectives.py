@@ -28,10 +28,14 @@ def fsdp_axes(entry: Any) -> tuple[str, ...]:
 
 
 def gather(w: jax.Array, spec: P) -> jax.Array:
-    """`w` with its FSDP axes gathered; inside `shard_map`. The gradient is reduce-scattered."""
+    """`w` with its FSDP axes gathered; inside `shard_map`. The gradient is reduce-scattered.
+
+    One axis after the other, the minor one first: the bytes are those of one gather over both, which the TPU compiler would turn
+    into an all-reduce of twice the bytes (libtpu 0.0.50).
+    """
     for dim, entry in enumerate(spec):
-        if axes := fsdp_axes(entry):
-            w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+        for axis in reversed(fsdp_axes(entry)):
+            w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
     return w
 
 

@@ -167,7 +167,9 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             if stacked_layer is not None and (layout.gate_up_fsdp or layout.down_fsdp):
                 gate_up, down, stacked_layer = gate_up[stacked_layer], down[stacked_layer], None  # gathering copies it anyway
             if layout.gate_up_fsdp:
-                gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=1, tiled=True)
+                # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler all-reduces the gradient instead.
+                E, D, _, F = gate_up.shape
+                gate_up = jax.lax.all_gather(gate_up.reshape(E, D, 2 * F), "fsdp", axis=1, tiled=True).reshape(E, -1, 2, F)
             if layout.down_fsdp:
                 down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
             if layout.gather_tokens:

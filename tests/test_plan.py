@@ -127,7 +127,9 @@ def compiled(config: TrainConfig) -> tuple[aot.Program, list[hlo.Collective], li
     return program, hlo.collectives(program.hlo, sizes), wire.least(config, aot.model_config(config), 1)
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 4, "expert": 2}, {"fsdp": 8}, {"fsdp": 2, "context": 2, "expert": 2}])
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 4, "expert": 2}, pytest.param({"fsdp": 8}, marks=pytest.mark.slow)], ids=["fsdp expert", "fsdp"]
+)
 def test_the_compiled_step_sends_little_more_than_the_least(tmp_path: Path, mesh: dict[str, int]) -> None:
     config = step_config(tmp_path, mesh)
     program, sent, least = compiled(config)
@@ -215,7 +217,7 @@ def test_without_the_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch, 
     assert "--topology" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(sys, "version_info", (3, 11, 0))
-    assert topology.missing() is None or "too old" in str(topology.missing()) or "libtpu" in str(topology.missing())
+    assert topology.missing() == "Python 3.11 is too old for the compiler"
 
 
 def test_the_report_shows_every_part(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ ENVIRONMENT = {  # libtpu looks for a machine's TPUs and its metadata server unl
 def missing() -> str | None:
     """Why nothing can be compiled for TPUs here, or None."""
     if sys.version_info < (3, 12):
-        return f"Python {sys.version_info.major}.{sys.version_info.minor} is too old for the compiler"
+        return f"Python {sys.version_info[0]}.{sys.version_info[1]} is too old for the compiler"
     if importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed"
     return None

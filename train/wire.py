@@ -75,8 +75,11 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
         gathers = 2 if in_scan and config.backend.remat != "none" else 1
         reduced = 1 if path in trained else 0
         name = "experts" if experts else "weights"
-        terms.append(((f"{name} gathered", gathered), config.data.accumulation * gathers * whole * (n - 1) / n))
-        terms.append(((f"{name}' gradients scattered", gathered), config.data.accumulation * reduced * whole * (n - 1) / n))
+        # one axis after the other, the minor one first; backward the other way round
+        for i, axis in enumerate(gathered):
+            part = whole / math.prod(sizes[a] for a in gathered[:i]) * (sizes[axis] - 1) / sizes[axis]
+            terms.append(((f"{name} gathered", (axis,)), config.data.accumulation * gathers * part))
+            terms.append(((f"{name}' gradients scattered", (axis,)), config.data.accumulation * reduced * part))
         # axes that hold other tokens but the same weights
         rest = [a for a in (*BATCH, "context") if a not in held and sizes[a] > 1]
         m = math.prod(sizes[a] for a in rest)
