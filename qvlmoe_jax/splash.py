@@ -65,7 +65,7 @@ def splash_attention(
 ) -> jax.Array:
     """As `attention.attention` for queries that start at key column 0. Lengths and head dim are padded to what the kernel takes.
 
-    Causal queries may be spread over the mesh's `context` axis (keys are whole on each device); heads over `tensor`.
+    On a mesh causal queries stay spread over `context`, keys and values are gathered over it; heads are spread over `tensor`.
 
     Args:
       q_segments `[B,T]`, kv_segments `[B,S]`: 0 = padding.
@@ -80,7 +80,7 @@ def splash_attention(
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(dtype)
     q, k, v = (_padded(a, 3, _LANES) for a in (q_BTNH, k_BSKH, v_BSKH))
     q, q_segments = _padded(q, 1, _LANES * shards), _padded(q_segments, 1, _LANES * shards)
-    k, v, kv_segments = (_padded(a, 1, _LANES) for a in (k, v, kv_segments))
+    k, v, kv_segments = (_padded(a, 1, _LANES * shards) for a in (k, v, kv_segments))
 
     def local(splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, kv_seg: jax.Array) -> jax.Array:
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
@@ -92,14 +92,15 @@ def splash_attention(
         out = local(splash, q, k, v, q_segments, kv_segments)
     else:
         length = "context" if shards > 1 else None
-        q_spec, kv_spec = fit((BATCH, length, "tensor", None), q.shape, mesh), fit((BATCH, None, "tensor", None), k.shape, mesh)
+        q_spec, kv_spec = (fit((BATCH, length, "tensor", None), a.shape, mesh) for a in (q, k))
         heads = N // (dict(mesh.shape)["tensor"] if q_spec[2] else 1)
         splash = _kernel(heads, q.shape[1], k.shape[1], causal=causal, shards=shards, interpret=interpret)
         kernel_spec = splash.manual_sharding_spec(NamedSharding(mesh, P(None, length)))
         body = functools.partial(_own_kv_heads, local, heads=heads, N=N) if q_spec[2] != kv_spec[2] else local
+        body = functools.partial(_whole_keys, body) if length else body
         out = jax.shard_map(
             body,
-            in_specs=(kernel_spec, q_spec, kv_spec, kv_spec, P(*q_spec[:2]), P(*kv_spec[:2])),
+            in_specs=(kernel_spec, q_spec, kv_spec, kv_spec, P(*q_spec[:2]), P(kv_spec[0], None)),
             out_specs=q_spec,
             check_vma=False,
         )(splash, q, k, v, q_segments, kv_segments)
@@ -112,3 +113,9 @@ def _own_kv_heads(
     """`local` where query heads are spread over `tensor` and kv heads are not: each query head takes its kv head's copy."""
     own = (jax.lax.axis_index("tensor") * heads + jnp.arange(heads)) // (N // k.shape[2])
     return local(splash, q, jnp.take(k, own, axis=2), jnp.take(v, own, axis=2), *segments)
+
+
+def _whole_keys(local: Any, splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
+    """`local` with keys and values gathered here, so that their gradients are reduce-scattered."""
+    k, v = (jax.lax.all_gather(a, "context", axis=1, tiled=True) for a in (k, v))
+    return local(splash, q, k, v, *segments)
