@@ -39,7 +39,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def compare(f: Callable[..., jax.Array], sizes: dict[str, int], *arguments: jax.Array) -> None:
+def compare(f: Callable[..., jax.Array], sizes: dict[str, Any], *arguments: jax.Array) -> None:
     """Value and gradients of `f`, projected on a random direction, with and without the mesh."""
 
     def scalar(*arguments: jax.Array) -> jax.Array:
@@ -56,20 +56,20 @@ def compare(f: Callable[..., jax.Array], sizes: dict[str, int], *arguments: jax.
 
 @by_mesh
 @pytest.mark.parametrize("equation, shape, place", [ATTENTION, OUTPUT, MERGER], ids=["q_proj", "o_proj", "merger"])
-def test_products_agree(sizes: dict[str, int], equation: str, shape: tuple[int, ...], place: str) -> None:
+def test_products_agree(sizes: dict[str, Any], equation: str, shape: tuple[int, ...], place: str) -> None:
     inputs = (8, 8, 4, 6) if equation.startswith("BTNH") else (8, 8, 16)
     compare(lambda x, w: placed_einsum(equation, x, w, place, einsum), sizes, normal(0, *inputs), normal(1, *shape))
 
 
 @by_mesh
-def test_lookups_agree(sizes: dict[str, int]) -> None:
+def test_lookups_agree(sizes: dict[str, Any]) -> None:
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (8, 8)))
     compare(lambda table: placed_lookup(table, ids, "embed_tokens/weight"), sizes, normal(1, 32, 6))
 
 
 @by_mesh
 @pytest.mark.parametrize("chunk", [3, 1000])
-def test_losses_agree(sizes: dict[str, int], chunk: int) -> None:
+def test_losses_agree(sizes: dict[str, Any], chunk: int) -> None:
     targets = jnp.asarray(np.random.default_rng(0).integers(-5, 32, (8, 8)))
     targets = jnp.where(targets < 0, -100, targets)
 
@@ -115,7 +115,7 @@ def test_a_decoding_step_is_left_to_the_partitioner() -> None:
 SEGMENTS = jnp.asarray(np.repeat([[1, 2, 3, 3, 0], [1, 1, 1, 2, 2]], 26, axis=1))
 
 
-def both_attentions(sizes: dict[str, int] | None, *, causal: bool, heads: tuple[int, int], width: int) -> list[tuple[Any, Any]]:
+def both_attentions(sizes: dict[str, Any] | None, *, causal: bool, heads: tuple[int, int], width: int) -> list[tuple[Any, Any]]:
     """Outputs and gradients at columns that hold tokens: `dense`, and splash in interpret mode."""
     T = SEGMENTS.shape[1]
     q, k, v = (normal(i, 2, T, n, width) for i, n in enumerate((heads[0], heads[1], heads[1])))
@@ -147,7 +147,7 @@ def both_attentions(sizes: dict[str, int] | None, *, causal: bool, heads: tuple[
     ],
     ids=["text", "vision", "kv heads replicated", "fsdp context tensor"],
 )
-def test_splash_is_dense_attention(sizes: dict[str, int] | None, causal: bool, heads: tuple[int, int], width: int) -> None:
+def test_splash_is_dense_attention(sizes: dict[str, Any] | None, causal: bool, heads: tuple[int, int], width: int) -> None:
     for dense, splash in both_attentions(sizes, causal=causal, heads=heads, width=width):
         np.testing.assert_allclose(dense, splash, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.max(jnp.abs(dense)))))
 

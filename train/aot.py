@@ -105,7 +105,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu", proc
         state = abstract_state(config, model, mesh)
         batch = abstract_batch(config, described, processes)
         batch = jax.tree.map(_placed, batch, batch_shardings(batch, mesh))
-        step = make_train_step(
+        step: Any = make_train_step(
             model,
             make_optimizer(config.optimizer),
             schedule(config.schedule, config.optimizer.learning_rate, config.steps),
