@@ -12,6 +12,7 @@ import numpy as np
 
 from qvlmoe_jax import Batch
 from tests import cases, ours, tiny
+from tests.hf_checkpoints import random_hf_tensors
 from train.config import TrainConfig, as_config
 
 SMALL = tiny.variant(tiny.TINY, text_config={"num_hidden_layers": 2, "mlp_only_layers": []}, vision_config={"depth": 4})
@@ -71,14 +72,21 @@ def write_model(directory: Path, config: Mapping[str, Any]) -> Path:
     return directory
 
 
+def write_weights(directory: Path, config: Mapping[str, Any]) -> Path:
+    """A model directory with random weights of order one."""
+    ours.build_model(config, random_hf_tensors(config)).save_pretrained(directory)
+    return directory
+
+
 def make_config(run: Path, model: Path, **changes: Any) -> TrainConfig:
-    """A short fp32 run from scratch; `changes` are nested as in YAML. The data section is never opened."""
+    """A short fp32 run, from scratch unless `model` has weights; `changes` are nested as in YAML. `data` is never opened."""
     base = {
         "run": str(run),
         "steps": 6,
-        "model": {"path": str(model), "from_scratch": True, "compute_dtype": "float32"},
+        "model": {"path": str(model), "from_scratch": not (model / "model.safetensors").exists(), "compute_dtype": "float32"},
         "data": {"sources": [{"path": "unused.jsonl"}]},
         "optimizer": {"learning_rate": 1e-3},
+        "schedule": {"name": "constant"},
         "metrics": {"every": 1},
         "checkpoint": {"every": 0, "export": False},
     }

@@ -31,7 +31,7 @@ def _use_compilation_cache() -> None:
     """Compiled programs are kept between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "qvlmoe_jax" / "xla"))
 
@@ -48,10 +48,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _plot(arguments: Sequence[str]) -> int:
-    from train.plot import plot
-
     if len(arguments) != 1:
         raise UsageError(f"plot takes one RUN, got {len(arguments)} arguments; see python -m train --help")
+    from train.plot import plot
+
     print(plot(arguments[0]))
     return 0
 
@@ -115,6 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"plan": _plan, "plot": _plot, "export": _export}.get(arguments[0])
     try:
         return _train(arguments) if command is None else command(arguments[1:])
+    except ModuleNotFoundError as error:
+        if error.name not in ("yaml", "grain", "pyarrow"):
+            raise
+        print(
+            f"error: training needs the package {error.name}, which is not installed; pip install 'qvlmoe_jax[train]'",
+            file=sys.stderr,
+        )
+        return 2
     except (QvlmoeError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from train.config import MetricsConfig
@@ -44,6 +43,8 @@ def router_load(tokens_per_expert: Any) -> dict[str, list[float]]:
 
 def memory_gib() -> dict[str, float]:
     """Peak bytes in GiB: of this process, and of the first device where the platform tells."""
+    import jax  # not needed to read or plot metrics
+
     scale = 1 if sys.platform == "darwin" else 1024
     out = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30}
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -63,16 +64,12 @@ class Metrics:
         Raises:
           TrainingError: a service's package is not installed.
         """
+        import jax
+
         self._sinks: list[Any] = []
         self._file: Any = None
         if jax.process_index():
             return
-        path = Path(run) / METRICS_FILE
-        kept = [line for line in read_metrics(run) if line["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
         name = Path(run).resolve().name
         if config.tensorboard:
             self._sinks.append(_tensorboard(Path(run) / "tensorboard"))
@@ -80,6 +77,12 @@ class Metrics:
             self._sinks.append(_wandb(config.wandb_project or name, name, resolved))
         if config.mlflow:
             self._sinks.append(_mlflow(name, resolved))
+        path = Path(run) / METRICS_FILE
+        kept = [line for line in read_metrics(run) if line["step"] <= resume_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: Mapping[str, Any], *, show: Sequence[str] = ()) -> None:
         """One line of `kind` (train, validation): to the file at once, and the fields of `show` to the terminal."""

@@ -1,0 +1,155 @@
+"""Runs that are killed, stopped or find a damaged checkpoint end with the same bits as one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import training
+from train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], subprocess.Popen[str]]:
+    """Starts the program on a run directory. The processes share one compilation cache."""
+    base = tmp_path_factory.mktemp("resume")
+    model = training.write_weights(base / "model", training.SMALL)
+    cache = base / "cache"
+
+    def start(run: Path, steps: int = STEPS) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }
+        command = [sys.executable, "-m", "tests.train_program", str(run), str(model), str(steps)]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    return start
+
+
+def rest(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Everything it still prints. (Not `communicate`, which would lose what the file objects have read ahead.)"""
+    assert process.stdout is not None and process.stderr is not None
+    with process.stdout, process.stderr:
+        out, errors = process.stdout.read(), process.stderr.read()
+    process.wait(timeout=60)
+    return out, errors
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """The final line's step and fingerprints, and what went to stderr."""
+    out, errors = rest(process)
+    assert process.returncode == 0, errors
+    return out.splitlines()[-1], errors
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch, tmp_path_factory: pytest.TempPathFactory) -> str:
+    line, _ = finish(launch(tmp_path_factory.mktemp("whole") / "run"))
+    assert line.startswith(f"final {STEPS} ")
+    return line
+
+
+def lines_until(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("train") and int(line.split()[1]) >= step:
+            return
+    raise AssertionError(rest(process)[1])
+
+
+def kill_and_resume(launch, run: Path, seed: int, kills: int) -> str:
+    """Kills the run `kills` times at random moments after random steps, then lets it end."""
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = launch(run)
+        done = max((line["step"] for line in read_metrics(run)), default=0)
+        lines_until(process, min(STEPS - 1, done + rng.randint(0, 4)))
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        rest(process)
+    return finish(launch(run))[0]
+
+
+def test_killed_three_times_the_run_ends_with_the_same_bits(launch, undisturbed: str, tmp_path: Path) -> None:
+    assert kill_and_resume(launch, tmp_path / "run", seed=1, kills=3) == undisturbed
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, STEPS + 1))  # no step logged twice
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10, 14))
+def test_killed_often(launch, undisturbed: str, tmp_path: Path, seed: int) -> None:
+    assert kill_and_resume(launch, tmp_path / "run", seed=seed, kills=5) == undisturbed
+
+
+def test_sigterm_saves_and_the_run_goes_on(launch, undisturbed: str, tmp_path: Path, record) -> None:
+    run = tmp_path / "run"
+    process = launch(run)
+    lines_until(process, 5)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, errors = rest(process)
+    record("seconds from SIGTERM to the end of the process", time.monotonic() - asked)
+    assert process.returncode == 0, errors
+    stopped = int(out.splitlines()[-1].split()[1])
+    assert 5 <= stopped < STEPS
+    assert (run / "checkpoints" / str(stopped)).is_dir()
+    assert f"saved step {stopped} of {STEPS}" in out
+    assert finish(launch(run))[0] == undisturbed
+
+
+@pytest.fixture(scope="module")
+def six_steps(launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoints of steps 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("six") / "run"
+    finish(launch(run, steps=6))
+    return run
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped", pytest.param("cut", marks=pytest.mark.slow), pytest.param("gone", marks=pytest.mark.slow)]
+)
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    launch, undisturbed: str, six_steps: Path, tmp_path: Path, damage: str
+) -> None:
+    run = shutil.copytree(six_steps, tmp_path / "run")
+    newest = run / "checkpoints" / "6"
+    data = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = data.read_bytes()
+    if damage == "flipped":
+        middle = len(content) // 2
+        data.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "cut":
+        data.write_bytes(content[: len(content) // 2])
+    else:
+        (newest / "loop").rename(tmp_path / "loop")
+    line, errors = finish(launch(run))
+    assert "checkpoint of step 6 is damaged" in errors and "resumed from the checkpoint of step 4" in errors
+    assert (run / "damaged_checkpoints" / "6.0").is_dir()
+    assert line == undisturbed
+
+
+def test_all_checkpoints_damaged_is_an_error_not_a_new_start(launch, six_steps: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(six_steps, tmp_path / "run")
+    for step in (2, 4, 6):
+        (run / "checkpoints" / str(step) / "loop").rename(tmp_path / str(step))
+    process = launch(run)
+    _, errors = rest(process)
+    assert process.returncode == 1 and "all 3 checkpoints are damaged" in errors
