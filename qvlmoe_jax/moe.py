@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from qvlmoe_jax.backend import BackendConfig
+from qvlmoe_jax.collectives import axes_of, gather
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
 from qvlmoe_jax.exchange import Exchange
 from qvlmoe_jax.experts import KERNELS
@@ -122,12 +122,13 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             return self._device(x_BTD, valid_BT, gate, gate_up, down, stacked_layer, layout=_Layout())
         tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
         # The weights are taken as the table left them, so entering the region moves nothing.
+        gate_spec = partition_spec("layers/mlp/gate/weight", gate.shape, mesh)
         gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
         down_spec = partition_spec("layers/mlp/experts/down_proj", down.shape, mesh)
-        layout = _Layout.of(tokens, gate_up_spec, down_spec)
+        layout = _Layout.of(tokens, gate_spec, gate_up_spec, down_spec)
         return jax.shard_map(
             functools.partial(self._device, layout=layout),
-            in_specs=(P(*tokens, None), tokens, P(), gate_up_spec, down_spec, P()),
+            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, P()),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
         )(x_BTD, valid_BT, gate, gate_up, down, stacked_layer)
@@ -161,14 +162,16 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         """What one device does with its tokens and its experts; with an empty layout, the whole block."""
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
         with jax.named_scope("router"):
-            weights, experts, stats = self._choose(x, valid_BT.reshape(-1), gate)
+            weights, experts, stats = self._choose(x, valid_BT.reshape(-1), gather(gate, layout.gate))
             if layout.token_axes:
                 stats = jax.lax.psum(stats, layout.token_axes)
         with jax.named_scope("weights"):
             if stacked_layer is not None and (layout.gate_up_fsdp or layout.down_fsdp):
                 gate_up, down, stacked_layer = gate_up[stacked_layer], down[stacked_layer], None  # gathering copies it anyway
             if layout.gate_up_fsdp:
-                gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=1, tiled=True)
+                # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler all-reduces the gradient instead.
+                E, D, _, F = gate_up.shape
+                gate_up = jax.lax.all_gather(gate_up.reshape(E, D, 2 * F), "fsdp", axis=1, tiled=True).reshape(E, -1, 2, F)
             if layout.down_fsdp:
                 down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
 
@@ -228,6 +231,7 @@ class _Layout:
     tensor: bool = False
     gate_up_fsdp: bool = False
     down_fsdp: bool = False
+    gate: P = P(None, None)  # noqa: RUF009 (immutable)
 
     @property
     def gather_tokens(self) -> bool:
@@ -235,14 +239,12 @@ class _Layout:
         return self.experts and "expert" in self.token_axes
 
     @classmethod
-    def of(cls, tokens: P, gate_up: P, down: P) -> _Layout:
-        def axes(entry: Any) -> tuple[str, ...]:
-            return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
+    def of(cls, tokens: P, gate: P, gate_up: P, down: P) -> _Layout:
         return cls(
-            token_axes=axes(tokens[0]) + axes(tokens[1]),
-            experts="expert" in axes(gate_up[-4]),
-            tensor="tensor" in axes(gate_up[-1]),
-            gate_up_fsdp="fsdp" in axes(gate_up[-3]),
-            down_fsdp="fsdp" in axes(down[-1]),
+            token_axes=axes_of(tokens[0]) + axes_of(tokens[1]),
+            experts="expert" in axes_of(gate_up[-4]),
+            tensor="tensor" in axes_of(gate_up[-1]),
+            gate_up_fsdp="fsdp" in axes_of(gate_up[-3]),
+            down_fsdp="fsdp" in axes_of(down[-1]),
+            gate=gate,
         )
