@@ -89,12 +89,10 @@ def leaf_pieces(leaf: Leaf) -> list[Piece]:
 
 def write_skeleton(checkpoint: Path, leaves: Iterable[Leaf]) -> None:
     """An Orbax checkpoint of the leaves' names and kinds at `checkpoint` (absent), without their data."""
-    import jax
-    import jax.numpy as jnp
     from orbax.checkpoint import v1 as ocp
 
-    host = jax.local_devices(backend="cpu")[0]
-    tree = {leaf.path: jax.device_put(jnp.zeros((1,) * len(leaf.shape), leaf.dtype), host) for leaf in leaves}
+    # numpy's, so that a load that names no sharding gives numpy arrays: a device of this machine would mean nothing elsewhere
+    tree = {leaf.path: np.zeros((1,) * len(leaf.shape), leaf.dtype) for leaf in leaves}
     context = ocp.Context()
     saving = context.array.saving
     # what describes whole arrays on a mesh would be false of the leaves that replace these

@@ -34,11 +34,12 @@ def run(command: list[str], directory: Path) -> str:
     return result.stdout
 
 
-def recipe(target: str) -> list[str]:
-    """What `make TARGET` would run in an environment that is there; make itself writes nothing."""
+def recipe(target: str) -> list[list[str]]:
+    """The commands that `make TARGET` would run in an environment that is there; make itself writes nothing."""
     command = ["make", "--dry-run", "--no-print-directory", "VENV=no-such-directory", target]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return lines[-1].replace("no-such-directory/bin/python", sys.executable).split()
+    commands = [line for line in lines if line.startswith("no-such-directory/bin/python ") and " -m pip " not in line]
+    return [line.replace("no-such-directory/bin/python", sys.executable).split() for line in commands if "-m venv" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A directory where `make demo` has run, and what it printed. The environment is the tests' own."""
     directory = tmp_path_factory.mktemp("user")
     (directory / "examples").symlink_to(ROOT / "examples")
-    return directory, run(recipe("demo"), directory)
+    return directory, "".join(run(command, directory) for command in recipe("demo"))
 
 
 def test_the_demo_agrees_with_transformers_and_with_the_stored_logits(demo: tuple[Path, str]) -> None:
