@@ -8,7 +8,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 OUT ?= demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint figure clean
+.PHONY: help demo test test-slow soak lint figure notebook clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*  ## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ lint: $(VENV)/.installed-test  ## ruff and pyright
 
 figure: $(VENV)/.installed-test  ## measure again and redraw the figure of the README
 	$(RUN) docs/plot_parity.py
+
+notebook: $(VENV)/.installed-test  ## execute notebooks/parity.ipynb; MODEL=directory for another checkpoint than the small one
+	$(RUN) notebooks/execute.py
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

@@ -10,6 +10,7 @@ busy machine slows both; the ratio reported is the median of the pairs'.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import statistics
@@ -107,10 +108,11 @@ def measure(layers: int, pairs: int, profile: str | None) -> tuple[float, dict[s
         losses = own.step(batch), theirs.step(inputs | {"labels": labels})
         print(f"{kind}: first losses {losses[0]:.5f} and {losses[1]:.5f}", flush=True)
         rates: tuple[list[float], list[float]] = ([], [])
+        calls = (functools.partial(own.step, batch), functools.partial(theirs.step, inputs | {"labels": labels}))
         for _ in range(pairs):
-            for out, step, arguments in ((rates[0], own.step, batch), (rates[1], theirs.step, inputs | {"labels": labels})):
+            for call, out in zip(calls, rates, strict=True):
                 start = time.perf_counter()
-                step(arguments)
+                call()
                 out.append(tokens / (time.perf_counter() - start))
             print(f"  ours {rates[0][-1]:8.1f}   torch {rates[1][-1]:8.1f}   ratio {rates[0][-1] / rates[1][-1]:.2f}", flush=True)
         results[kind] = rates

@@ -23,8 +23,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _printable(text: str) -> str:
+    """Names come from files that others wrote: a terminal gets no control characters, an encoding no lone surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _say(text: str) -> None:
+    for line in text.split("\n"):
+        print(_printable(line), flush=True)
 
 
 def _hf2jax(args: argparse.Namespace) -> None:
@@ -127,8 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         args.run(args)
     except (QvlmoeError, OSError) as error:
-        # one line whatever the message quotes: names come from files that others wrote
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        # one line whatever the message quotes
+        print("error:", _printable(" ".join(str(error).split())), file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: out of memory; expected about 1 GB to be free, close other programs", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; hf2jax goes on with --resume, the other commands begin again", file=sys.stderr)

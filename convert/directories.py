@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qvlmoe_jax.checkpoint import CONVERSION_FILE
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.shards import local_file
+from qvlmoe_jax.local_files import local_file
 
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
 SIDE_NAMES = ("LICENSE", "NOTICE", "README")
@@ -23,11 +23,18 @@ def find_source(source: str) -> Path:
     path = Path(source)
     if path.exists() or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", source):
         return path
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # its own errors, the network library's, the file system's
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise CheckpointError(
+            f"{source}: no such directory, and the hub repository of that name is not in the cache while this machine is offline "
+            f"({why}); give a directory, or go online and try again"
+        ) from error
+    except Exception as error:  # its other errors, the network library's, the file system's
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{source}: no such directory, and the hub repository of that name cannot be downloaded ({reason}); "

@@ -53,7 +53,7 @@ def jax2hf(
     weights = open_weights(source)
     if not isinstance(weights, ConvertedWeights | TrainedWeights):
         raise CheckpointError(f"{source}: a Hugging Face checkpoint already, expected a converted directory or a training run")
-    side = weights.side_directory if isinstance(weights, TrainedWeights) else source
+    side = weights.side_directory
     side_files = find_side_files(side)
     rows = {row.key: row for row in expand(weights.config)}
     dtypes = tensor_dtypes(weights, side)
@@ -108,7 +108,7 @@ def tensor_dtypes(weights: ConvertedWeights | TrainedWeights, side: Path) -> dic
         config = json.loads((side / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config", {})
         names: Iterable[Any] = (section.get(key) for section in (config, text) for key in ("dtype", "torch_dtype"))
-        common = NAMED_DTYPES.get(next((name for name in names if name), ""))
+        common = NAMED_DTYPES.get(str(next((name for name in names if name), "")))
     out = {}
     for row in expand(weights.config):
         entry = recorded.get(row.key)
@@ -125,7 +125,7 @@ def _set_dtype(config_file: Path, dtypes: set[np.dtype]) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     names = {dtype.name for dtype in dtypes}
     stated = [(section, key) for section in _sections(config) for key in ("dtype", "torch_dtype") if key in section]
-    if len(names) > 1 or not stated or all(section[key] in names for section, key in stated):
+    if len(names) > 1 or not stated or all(str(section[key]) in names for section, key in stated):
         return
     for section, key in stated:
         section[key] = next(iter(names))

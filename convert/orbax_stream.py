@@ -1,7 +1,7 @@
 """Writing an Orbax checkpoint that is larger than memory, file by file.
 
 Orbax saves whole arrays. So it saves a skeleton, the same tree with leaves of one number, which makes it write all of its own
-metadata; then each leaf's data is replaced through TensorStore, which Orbax stores arrays with. Arrays are plain zarr3 files
+metadata; then each leaf's `zarr.json` and data are replaced. Arrays are plain zarr3 files
 (Orbax: `use_ocdbt=False`): each file appears by one rename and its name says what it holds, so what is finished is what is there,
 several processes write side by side, and there is no database to merge afterwards.
 """
@@ -9,23 +9,22 @@ several processes write side by side, and there is no database to merge afterwar
 from __future__ import annotations
 
 import logging
-import re
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from convert.chunks import Chunks, pieces, plan_chunks
+from convert.zarr_file import write_zarr_file
 from qvlmoe_jax.checkpoint import ARRAYS_DIR
 from qvlmoe_jax.orbax_store import store_spec
 from qvlmoe_jax.param_tree import nest
-
-if TYPE_CHECKING:
-    import tensorstore as ts
 
 WRITES_IN_FLIGHT = 2
 
@@ -117,11 +116,8 @@ class LeafWriter:
     """Writes pieces into a skeleton, a few at a time. Any number of processes may write different pieces."""
 
     def __init__(self, checkpoint: Path):
-        import tensorstore as ts
-
         self.directory = checkpoint / ARRAYS_DIR
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}})
-        self._stores: dict[str, ts.TensorStore] = {}
+        self._created: set[str] = set()
 
     def create(self, leaf: Leaf) -> None:
         """Writes the array's `zarr.json`, or checks the one that is there against the plan."""
@@ -135,44 +131,37 @@ class LeafWriter:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": leaf.chunks.file}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         }
-        spec = store_spec(self.directory, leaf.name) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
-        self._stores[leaf.path] = ts.open(spec, create=True, open=True, context=self._context).result()
+        ts.open(store_spec(self.directory, leaf.name) | {"metadata": metadata}, create=True, open=True).result()
+        self._created.add(leaf.path)
 
     def done(self, piece: Piece) -> bool:
         """The piece's file is there, and so is whole."""
         return (self.directory / piece.file).is_file()
 
+    def sync(self, piece: Piece) -> None:
+        """Waits until the piece's file is on the disk, so that not even a power cut loses it."""
+        with (self.directory / piece.file).open("rb") as file:
+            os.fsync(file.fileno())
+
     def write(self, data: Iterable[tuple[Piece, np.ndarray]]) -> Iterator[Piece]:
-        """Writes each array as its piece; yields the pieces once they are on disk."""
-        pending: deque[tuple[Piece, ts.WriteFutures]] = deque()
-        try:
+        """Writes each array as its piece; yields the pieces once their files are there."""
+        pending: deque[Future[Piece]] = deque()
+        with ThreadPoolExecutor(WRITES_IN_FLIGHT) as pool:
             for piece, array in data:
-                if piece.leaf.path not in self._stores:
+                if piece.leaf.path not in self._created:
                     self.create(piece.leaf)
-                store = self._stores[piece.leaf.path][piece.index]
-                pending.append((piece, store.write(array, can_reference_source_data_indefinitely=True)))
+                pending.append(pool.submit(self._write, piece, array))
                 del array
                 if len(pending) >= WRITES_IN_FLIGHT:
-                    yield _finished(pending)
+                    yield pending.popleft().result()
             while pending:
-                yield _finished(pending)
-        finally:
-            for _, future in pending:  # after an error: nothing of ours may still be writing when the caller goes on
-                future.exception()
+                yield pending.popleft().result()
 
-
-def _reason(error: Exception) -> str:
-    """The system's words, out of TensorStore's description of where it was."""
-    text = str(error).splitlines()[0]
-    found = re.search(r"\[OS error \d+: [^\]]*\]|No space left on device|Disk quota exceeded", text)
-    return f"{found[0] if found else text[:300]}; make room and go on with --resume"
-
-
-def _finished(pending: deque[tuple[Piece, Any]]) -> Piece:
-    piece, future = pending.popleft()
-    try:
-        future.result()
-    except (ValueError, RuntimeError, OSError) as error:
-        # TensorStore reports a full disk as a ValueError with the system's words in it
-        raise OSError(f"{piece.file}: cannot be written: {_reason(error)}") from error
-    return piece
+    def _write(self, piece: Piece, array: np.ndarray) -> Piece:
+        path = self.directory / piece.file
+        try:
+            write_zarr_file(path, array, piece.leaf.chunks.file, piece.leaf.chunks.chunk)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(f"{path}: cannot be written: {reason}; make room and go on with --resume") from error
+        return piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from convert.directories import find_side_files
 from convert.hf2jax import checksums
 from convert.progress import Progress, human_bytes
 from convert.tensor_blocks import tensor_blocks
-from qvlmoe_jax.checkpoint import ConvertedWeights, TrainedWeights, Weights, open_weights
+from qvlmoe_jax.checkpoint import ConvertedWeights, Weights, open_weights
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.hf import LM_HEAD_KEY, Row, expand
 from qvlmoe_jax.hf_weights import HFWeights
@@ -74,19 +75,15 @@ def _compare(here: Weights, there: Weights, row: Row, dtype: np.dtype) -> str | 
     return f"{row.key!r} in {different} of {done} numbers, {first}" if different else None
 
 
-def _side_directory(weights: Weights) -> Path:
-    return weights.side_directory if isinstance(weights, TrainedWeights) else weights.directory
-
-
 def _side_files(here: Weights, there: Weights) -> list[str]:
     """Side files that only one has, or that differ. A cast changes the dtype in config.json, so then its text may differ."""
-    a, b = _side_directory(here), _side_directory(there)
+    a, b = here.side_directory, there.side_directory
     cast = here.dtypes != there.dtypes
     faults = []
     for name in sorted({*find_side_files(a), *find_side_files(b)}):
         if not (a / name).exists() or not (b / name).exists():
             faults.append(f"{name} is only in {a if (a / name).exists() else b}")
-        elif (a / name).read_bytes() != (b / name).read_bytes() and not (name == "config.json" and cast):
+        elif not filecmp.cmp(a / name, b / name, shallow=False) and not (name == "config.json" and cast):
             faults.append(f"{name} has other contents")
     return faults
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from convert.zarr_file import PART_SUFFIX
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.whole_directory import replace_directory, sync_tree
 
@@ -74,8 +75,9 @@ class WorkDirectory:
                     for unit in _read_journal(self.path / f"worker-{i}.jsonl").values():
                         checksums.update(unit)
                 complete(checksums)
-                for stray in self.result.rglob("*.__lock"):  # of writes that were killed
-                    stray.unlink()
+                for pattern in ("*.__lock", f"*{PART_SUFFIX}"):  # TensorStore's and our own, of writes that were killed
+                    for stray in self.result.rglob(pattern):
+                        stray.unlink()
                 sync_tree(self.result)
                 if overwrite:
                     replace_directory(self.result, destination)

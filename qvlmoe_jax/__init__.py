@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qvlmoe_jax.config import Qwen3VLMoeConfig, Qwen3VLMoeTextConfig, Qwen3VLMoeVisionConfig
     from qvlmoe_jax.model import ModelOutput, Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeModel
     from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration as ModelClass
+    from qvlmoe_jax.processor import Processor
     from qvlmoe_jax.sharding import make_mesh
     from qvlmoe_jax.text import Qwen3VLMoeTextModel
     from qvlmoe_jax.vision import Qwen3VLMoeVisionModel
@@ -27,6 +28,7 @@ __all__ = [
     "Batch",
     "ModelClass",
     "ModelOutput",
+    "Processor",
     "Qwen3VLMoeConfig",
     "Qwen3VLMoeForConditionalGeneration",
     "Qwen3VLMoeModel",
@@ -43,6 +45,7 @@ _HOME = {  # public name -> (module, name there; None = the module itself)
     "Batch": ("batch", "Batch"),
     "ModelClass": ("model", "Qwen3VLMoeForConditionalGeneration"),
     "ModelOutput": ("model", "ModelOutput"),
+    "Processor": ("processor", "Processor"),
     "Qwen3VLMoeConfig": ("config", "Qwen3VLMoeConfig"),
     "Qwen3VLMoeForConditionalGeneration": ("model", "Qwen3VLMoeForConditionalGeneration"),
     "Qwen3VLMoeModel": ("model", "Qwen3VLMoeModel"),

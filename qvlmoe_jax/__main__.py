@@ -35,13 +35,13 @@ class _Part(argparse.Action):
         namespace.media = [*namespace.media, {"type": kind, kind: values}]
 
 
-def parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(text: str) -> dict[str, Any]:
     """`fsdp=8,expert=8` as axis sizes.
 
     Raises:
       UsageError: an axis that does not exist or comes twice, or a size that is not a positive integer.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for entry in text.split(","):
         axis, _, size = entry.strip().partition("=")
         if axis not in MESH_AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     how = generate.add_argument_group("how it runs")
     how.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="default: as in DIR")
     how.add_argument("--mesh", metavar="AXIS=N,...", help="spread over devices, for example fsdp=8,expert=8")
-    how.add_argument("--prefill-chunk", type=int, default=2048, metavar="N", help="prompt tokens at a time (default: %(default)s)")
+    how.add_argument("--prefill-chunk", type=int, default=2048, metavar="N", help="prompt tokens read at a time (%(default)s)")
     generate.set_defaults(run=_generate)
     return parser
 
@@ -99,12 +99,12 @@ def _generate(args: argparse.Namespace) -> None:
     from qvlmoe_jax.generation_config import GenerationConfig
     from qvlmoe_jax.processor import Processor
 
-    open_weights(args.directory)
-    processor = Processor.from_pretrained(args.directory)
+    files = open_weights(args.directory).side_directory
+    processor = Processor.from_pretrained(files)
     messages = [] if args.system is None else [{"role": "system", "content": [{"type": "text", "text": args.system}]}]
     question = None if args.prompt is None else [*args.media, {"type": "text", "text": args.prompt}]
     arrays = None if question is None else processor.encode([[*messages, {"role": "user", "content": question}]])
-    sampling = dict(GenerationConfig.from_directory(args.directory).sampling)
+    sampling: dict[str, Any] = dict(GenerationConfig.from_directory(files).sampling)
     sampling |= {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
 
     import jax  # all that can be refused without it has been
@@ -175,8 +175,8 @@ def _answer(chat: Chat, content: list[dict[str, Any]], arrays: Any, *, as_json: 
     answer = chat.ask(content, show, arrays)
     print(json.dumps(_summary(answer), ensure_ascii=False) if as_json else "", flush=True)
     _note(
-        f"read {answer.read_tokens} of {answer.prompt_tokens} prompt tokens, first token after {answer.first_token_seconds:.2f} s; "
-        f"{len(answer.ids)} tokens, {answer.tokens_per_second:.1f} tokens/s"
+        f"read {answer.read_tokens} of {answer.prompt_tokens} prompt tokens, first token after "
+        f"{answer.first_token_seconds:.2f} s; {len(answer.ids)} tokens, {answer.tokens_per_second:.1f} tokens/s"
         + (f"; {log}" if log.seconds > before else "")
     )
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.layers import einsum
+from qvlmoe_jax.splash import splash_attention
 
 
 def _attend(
@@ -48,6 +49,8 @@ def attention(
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
+    if backend.attention == "splash":
+        return splash_attention(q_BTNH, k_BTKH, v_BTKH, q_segments=segment_ids, kv_segments=segment_ids, causal=causal)
     q = q_BTNH.reshape(B, T, K, N // K, H)
     chunk = backend.attention_chunk
     if backend.attention_kernel(T) == "dense" or T <= chunk:

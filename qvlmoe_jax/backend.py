@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from qvlmoe_jax.errors import ConfigError
 
 log = logging.getLogger("qvlmoe_jax")
 
 _CHOICES = {
-    "attention": ("auto", "dense", "chunked"),
+    "attention": ("auto", "dense", "chunked", "splash"),
     "experts": ("auto", "tiles", "ragged_dot"),
-    "dispatch": ("allgather",),
+    "dispatch": ("allgather", "all_to_all"),
     "remat": ("none", "full", "dots"),
     "router_dtype": ("model", "float32"),
 }
@@ -26,11 +26,13 @@ class BackendConfig:
 
     Attributes:
       attention: `dense` holds all T x S scores; `chunked` holds one block of queries' scores at a time, so memory grows
-        linearly with length; `auto` takes chunked above `attention_chunk` positions, dense below.
+        linearly with length; `splash` is the TPU's kernel, which skips masked blocks too; `auto` takes splash on TPU,
+        elsewhere chunked above `attention_chunk` positions, dense below.
       attention_chunk: queries per block of the chunked kernel.
       experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
         5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.
-      dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis.
+      dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis, `all_to_all` sends
+        each row to its expert's device and back (the cheaper one above some 8 expert shards). The same on one device.
       remat: what the backward pass recomputes: nothing, each layer whole (`full`), or all but matrix products (`dots`).
       router_dtype: precision of the router's logits; `model` is HF's (the softmax is float32 either way).
       fake_balanced_gate: for benchmarks only: tokens go to experts in turn, whatever the router says.
@@ -38,10 +40,10 @@ class BackendConfig:
       ConfigError: a value outside the choices, named.
     """
 
-    attention: Literal["auto", "dense", "chunked"] = "auto"
+    attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
     attention_chunk: int = 512
     experts: Literal["auto", "tiles", "ragged_dot"] = "auto"
-    dispatch: Literal["allgather"] = "allgather"
+    dispatch: Literal["allgather", "all_to_all"] = "allgather"
     remat: Literal["none", "full", "dots"] = "none"
     router_dtype: Literal["model", "float32"] = "model"
     fake_balanced_gate: bool = False
@@ -55,19 +57,22 @@ class BackendConfig:
             raise ConfigError(f"BackendConfig.attention_chunk = {self.attention_chunk}, expected a positive number of queries")
 
     def resolve(self, platform: str) -> BackendConfig:
-        """The same choices with `experts="auto"` settled for `platform` (`cpu`, `gpu`, `tpu`), and logged.
+        """The same choices with `auto` settled for `platform` (`cpu`, `gpu`, `tpu`), and logged.
 
-        `attention="auto"` stays: it depends on each call's length.
+        `attention="auto"` stays where there is no splash kernel: it depends on each call's length.
         """
-        if self.experts != "auto":
-            return self
-        experts = "tiles" if platform == "cpu" else "ragged_dot"
-        log.info("experts kernel: %s (auto on %s)", experts, platform)
-        return dataclasses.replace(self, experts=experts)
+        changes: dict[str, Any] = {}
+        if self.experts == "auto":
+            changes["experts"] = "tiles" if platform == "cpu" else "ragged_dot"
+        if self.attention == "auto" and platform == "tpu":
+            changes["attention"] = "splash"
+        for what, kernel in changes.items():
+            log.info("%s kernel: %s (auto on %s)", what, kernel, platform)
+        return dataclasses.replace(self, **changes)
 
     def attention_kernel(self, length: int) -> Literal["dense", "chunked"]:
-        """The attention kernel for `length` queries."""
-        if self.attention != "auto":
+        """The kernel for `length` queries where splash does not serve."""
+        if self.attention in ("dense", "chunked"):
             return self.attention
         kernel = "chunked" if length > self.attention_chunk else "dense"
         log.info("attention kernel: %s (auto, %d queries)", kernel, length)

@@ -11,6 +11,7 @@ import numpy as np
 
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.cache import KVCache, grow, init_cache
+from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.frames import bucket
 from qvlmoe_jax.generate import generate
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
@@ -162,11 +163,11 @@ class Chat:
         return self._cache if length <= self._cache.capacity else grow(self._cache, bucket(length))
 
 
-def after(arrays: Mapping[str, np.ndarray], known: int, config: Any) -> dict[str, np.ndarray]:
+def after(arrays: Mapping[str, np.ndarray], known: int, config: Qwen3VLMoeConfig) -> dict[str, Any]:
     """What the processor returned for one conversation, less its first `known` tokens and the pictures and frames in them."""
     mask = arrays["attention_mask"][0] != 0
     ids = arrays["input_ids"][0][mask]
-    out: dict[str, np.ndarray] = {"input_ids": ids[None, known:]}
+    out: dict[str, Any] = {"input_ids": ids[None, known:]}
     merge_unit = config.vision_config.merge_unit
     for token, pixels, grid in (
         (config.image_token_id, "pixel_values", "image_grid_thw"),

@@ -7,12 +7,13 @@ runs in `ImmutableSandboxedEnvironment` and sees plain data only, so a picture's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import ext, nodes, parser
+import numpy as np
+from jinja2 import ext, meta, nodes, parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qvlmoe_jax.errors import ProcessorError
@@ -20,22 +21,22 @@ from qvlmoe_jax.errors import ProcessorError
 Message = Mapping[str, Any]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names for it in circulation; the first is what templates read
+_BARE: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatTemplate:
-    """A compiled template. `special_tokens` (`eos_token`, ...) are visible in it by name."""
+    """A compiled template. `special_tokens` (`eos_token`, ...) are visible in it by name; `variables` is all that it reads."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
         self.source = source
         self.special_tokens = dict(special_tokens or {})
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.variables = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ProcessorError(f"the chat template does not compile: {error}; expected a jinja2 template") from error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.source, self.special_tokens)  # a compiled template does not pickle; data workers get a copy
 
     def render(
         self,
@@ -56,8 +57,13 @@ class ChatTemplate:
           tools, documents: as the template reads them, JSON schemas and dicts.
           variables: anything else the template reads (`add_vision_id`, `enable_thinking`, ...).
         Raises:
-          ProcessorError: the template refuses the messages, or an argument is not what it reads.
+          ProcessorError: the template refuses the messages, or does not read a variable (a misspelt option).
         """
+        if unknown := sorted(set(variables) - self.variables):
+            readable = ", ".join(sorted(self.variables - {"messages", "add_generation_prompt", *self.special_tokens}))
+            raise ProcessorError(
+                f"unknown option {unknown[0]!r}: neither the processor's nor one that the chat template reads ({readable})"
+            )
         for tool in tools or ():
             if not isinstance(tool, Mapping):
                 raise ProcessorError(f"tools contain a {type(tool).__name__}, expected dicts that hold a function's JSON schema")
@@ -114,9 +120,11 @@ def _plain(value: Any) -> Any:
     """JSON types only; a picture or an array becomes `"<its type>"`. Templates ask whether media keys exist, no more."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):  # their subclasses (enums, ...) carry methods
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    for kind, bare in _BARE.items():  # subclasses (enums, ...) carry methods
         if isinstance(value, kind):
-            return kind(value)
+            return bare(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

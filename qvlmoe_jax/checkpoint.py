@@ -8,6 +8,7 @@ in place, slice by slice, through one surface: `shapes`, `dtypes`, `read(path, i
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,12 +19,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
+from qvlmoe_jax.conversion_record import read_record
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.hf import TABLE_VERSION, expand, param_shapes
+from qvlmoe_jax.hf import expand, param_shapes
 from qvlmoe_jax.hf_weights import HFWeights
+from qvlmoe_jax.local_files import check_tree
 from qvlmoe_jax.orbax_store import OrbaxArrays
 from qvlmoe_jax.param_tree import check_shapes, flatten, nest
-from qvlmoe_jax.safetensors_io import DTYPE_NAMES, parse_json
+from qvlmoe_jax.safetensors_io import DTYPE_NAMES
 from qvlmoe_jax.shards import write_shards
 from qvlmoe_jax.whole_directory import whole_directory
 
@@ -42,12 +45,13 @@ class ParamStore:
 
     Attributes:
       directory: what the user named.
+      side_directory: where config, tokenizer and processor files lie.
       config: of the model.
       shapes, dtypes: parameter path -> shape, dtype on disk.
     """
 
     def __init__(self, directory: Path, config: Qwen3VLMoeConfig, arrays: OrbaxArrays):
-        self.directory, self.config = directory, config
+        self.directory, self.side_directory, self.config = directory, directory, config
         self.shapes = param_shapes(config)
         self._arrays = arrays
 
@@ -69,6 +73,11 @@ class ParamStore:
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
+def _largest_file(config: Qwen3VLMoeConfig) -> int:
+    """Bytes of every parameter with its gradient and moments, in float32, and some more for a small model's side files."""
+    return 16 * sum(map(math.prod, param_shapes(config).values())) + (1 << 27)
+
+
 class ConvertedWeights(ParamStore):
     """A converted directory.
 
@@ -84,10 +93,8 @@ class ConvertedWeights(ParamStore):
         if not checkpoint.is_dir():
             raise CheckpointError(f"{checkpoint}: not found, expected the Orbax checkpoint beside {CONVERSION_FILE}")
         config = Qwen3VLMoeConfig.from_json(directory)
-        self.conversion = parse_json(file.read_bytes(), str(file))
-        version = self.conversion.get("table_version") if isinstance(self.conversion, dict) else None
-        if version != TABLE_VERSION:
-            raise CheckpointError(f"{file}: table_version is {version!r}, expected {TABLE_VERSION}; convert the source again")
+        check_tree(directory, _largest_file(config))
+        self.conversion = read_record(file)
         super().__init__(directory, config, OrbaxArrays(checkpoint / ARRAYS_DIR))
 
 
@@ -95,7 +102,6 @@ class TrainedWeights(ParamStore):
     """The parameters of a training run: `RUN` (its newest step) or `RUN/checkpoints/STEP`; config and side files are in `RUN/hf`.
 
     Attributes:
-      side_directory: RUN/hf.
       step: the number of the step.
     """
 
@@ -103,9 +109,11 @@ class TrainedWeights(ParamStore):
         """Raises CheckpointError or ConfigError if a part is missing."""
         directory = Path(directory)
         step = newest_step(directory) if (directory / RUN_CHECKPOINTS).is_dir() else directory
-        self.side_directory, self.step = step.parent.parent / RUN_HF, int(step.name)
-        config = Qwen3VLMoeConfig.from_json(self.side_directory)
+        side = step.parent.parent / RUN_HF
+        config = Qwen3VLMoeConfig.from_json(side)
+        check_tree(step, _largest_file(config))
         super().__init__(directory, config, OrbaxArrays(step / ARRAYS_DIR, prefix=("params",)))
+        self.side_directory, self.step = side, int(step.name)
 
 
 def newest_step(run: Path) -> Path:
@@ -114,7 +122,7 @@ def newest_step(run: Path) -> Path:
     Raises:
       CheckpointError: there is none.
     """
-    steps = [path for path in (run / RUN_CHECKPOINTS).iterdir() if path.name.isdigit() and path.is_dir()]
+    steps = [path for path in (run / RUN_CHECKPOINTS).iterdir() if path.name.isdecimal() and path.is_dir()]
     if not steps:
         raise CheckpointError(f"{run / RUN_CHECKPOINTS}: no finished step, expected directories named by their number")
     return max(steps, key=lambda path: int(path.name))
@@ -122,7 +130,7 @@ def newest_step(run: Path) -> Path:
 
 def is_training_checkpoint(directory: Path) -> bool:
     """`directory` is a RUN or one of its STEPs."""
-    is_step = directory.name.isdigit() and directory.parent.name == RUN_CHECKPOINTS
+    is_step = directory.name.isdecimal() and directory.parent.name == RUN_CHECKPOINTS
     return is_step or ((directory / RUN_CHECKPOINTS).is_dir() and (directory / RUN_HF).is_dir())
 
 
@@ -179,20 +187,36 @@ def load_tree(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       CheckpointError: `target` is not the tree of the directory's config, or the data cannot be read.
     """
-    import jax
     import jax.numpy as jnp
 
     def load(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf.sharding is None:
             return jnp.asarray(weights.read(path, dtype=leaf.dtype))
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: weights.read(path, index, leaf.dtype), dtype=leaf.dtype
-        )
+        return _load_shards(weights, path, leaf, leaf.sharding)
 
     flat = flatten(target)
     check_shapes("the target", weights.shapes, {path: tuple(leaf.shape) for path, leaf in flat.items()})
     assert weights.dtypes  # checks the stored tree against the config
     return nest({path: load(path, leaf) for path, leaf in flat.items()})
+
+
+def _load_shards(weights: Weights, path: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One parameter on this process's devices: each shard is read once, whichever devices hold it, and leaves the host at once.
+
+    (`jax.make_array_from_callback` asks again for every replica, and holds the shards of all local devices in host memory.)
+    """
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    holders: dict[str, tuple[Any, list[Any]]] = {}  # by slice: the slice, the devices
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    shards = []
+    for index, devices in holders.values():
+        piece = weights.read(path, index, leaf.dtype)
+        shards += [jax.device_put(piece, SingleDeviceSharding(device, memory_kind=sharding.memory_kind)) for device in devices]
+        del piece
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
 def _hf_config(config: Qwen3VLMoeConfig, dtype: np.dtype) -> dict[str, Any]:

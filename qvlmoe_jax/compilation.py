@@ -34,16 +34,16 @@ class CompileLog:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        jax.monitoring.register_event_duration_secs_listener(self._duration)
+        jax.monitoring.register_event_duration_secs_listener(self._duration)  # pyright: ignore[reportArgumentType]
         jax.monitoring.register_event_listener(self._event)
 
-    def _duration(self, name: str, seconds: float, **_: str | int) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
+    def _duration(self, event: str, duration: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
             self.programs += 1
-            self.seconds += seconds
+            self.seconds += duration
 
-    def _event(self, name: str, **_: str | int) -> None:
-        if name == "/jax/compilation_cache/cache_hits":
+    def _event(self, event: str, **_: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
             self.loaded += 1
 
     @property

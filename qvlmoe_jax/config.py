@@ -8,16 +8,16 @@ does not use travel verbatim in `extra`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qvlmoe_jax.config_reader import SectionReader, read_rope_theta, rope_section
-from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.config_reader import MAX_LAYERS, SectionReader, read_rope_theta, rope_section
+from qvlmoe_jax.errors import CheckpointError, ConfigError
 from qvlmoe_jax.fp8_config import parse_quantization
+from qvlmoe_jax.local_files import read_json
 
 LayerKind = Literal["moe", "dense"]
 
@@ -117,7 +117,7 @@ class Qwen3VLMoeTextConfig:
             vocab_size=read.number("vocab_size", int),
             hidden_size=hidden,
             intermediate_size=read.number("intermediate_size", int),
-            num_hidden_layers=read.number("num_hidden_layers", int),
+            num_hidden_layers=read.number("num_hidden_layers", int, maximum=MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -226,7 +226,7 @@ class Qwen3VLMoeVisionConfig:
                 f"config.json: vision_config.hidden_size = {hidden} over num_heads = {heads} is not a head width divisible by 4 "
                 "(two rotary axes)"
             )
-        depth = read.number("depth", int, 27)
+        depth = read.number("depth", int, 27, maximum=MAX_LAYERS)
         taps = read.integers("deepstack_visual_indexes", (8, 16, 24))
         if len(set(taps)) != len(taps) or any(t >= depth for t in taps):
             raise ConfigError(
@@ -339,12 +339,12 @@ class Qwen3VLMoeConfig:
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
+        if not file.exists():
+            raise ConfigError(f"{file}: not found; expected a Hugging Face checkpoint directory with a config.json")
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: not found; expected a Hugging Face checkpoint directory with a config.json") from None
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an endless number, too deep
-            raise ConfigError(f"{file}: not valid JSON ({error}); expected the checkpoint's configuration") from None
+            config = read_json(file)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
         return cls.from_hf(config)
 
     def to_hf(self) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from qvlmoe_jax.errors import ConfigError
+
+MAX_NUMBER = 1e300
+MAX_LAYERS = 512
+"""The deepest released model has 94; how long planning takes grows faster than the number of layers."""
 
 
 class SectionReader:
@@ -28,21 +31,23 @@ class SectionReader:
         self.used.add(key)
         return self.section.get(key)
 
-    def checked(self, key: str, value: Any, kind: type, minimum: float | None) -> Any:
+    def checked(self, key: str, value: Any, kind: type, minimum: float | None, maximum: float = MAX_NUMBER) -> Any:
         integral = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        numeric = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-        if not numeric or (kind is int and not integral) or (minimum is not None and value < minimum):
+        # an int beyond every float is in JSON's power
+        numeric = not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER
+        if not numeric or (kind is int and not integral) or (minimum is not None and value < minimum) or value > maximum:
             bound = "" if minimum is None else f" >= {minimum:g}"
-            raise ConfigError(f"config.json: {self.name(key)} is {value!r}, expected {kind.__name__}{bound}")
+            bound += "" if maximum == MAX_NUMBER else f" and <= {maximum:g}"
+            raise ConfigError(f"config.json: {self.name(key)} is {value!r:.80}, expected {kind.__name__}{bound}")
         return kind(value)
 
-    def number(self, key: str, kind: type, default: Any = None, minimum: float | None = 1) -> Any:
+    def number(self, key: str, kind: type, default: Any = None, minimum: float | None = 1, maximum: float = MAX_NUMBER) -> Any:
         value = self.raw(key)
         if value is None:
             if default is None:
                 raise ConfigError(f"config.json: {self.name(key)} is missing, expected {kind.__name__}")
             return default
-        return self.checked(key, value, kind, minimum)
+        return self.checked(key, value, kind, minimum, maximum)
 
     def integers(self, key: str, default: tuple[int, ...] = (), value: Any = None) -> tuple[int, ...]:
         value = self.raw(key) if value is None else value

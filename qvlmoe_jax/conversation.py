@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,32 +38,40 @@ def read_conversations(conversations: Any) -> list[Conversation]:
 def _read(messages: Any) -> Conversation:
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ProcessorError(f"a conversation is {_describe(messages)}; {_ROLES_HINT}")
-    result = Conversation(list(messages))
+    result = Conversation([])
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ProcessorError(f"message {index} is {_describe(message)}; {_ROLES_HINT}")
-        for kind, part in _media_parts(message.get("content"), index):
-            source = _source(part, _IMAGE_KEYS if kind == "image" else _VIDEO_KEYS, f"message {index}'s {kind} part")
-            (result.images if kind == "image" else result.videos).append(source)
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            result.messages.append(message)
+            continue
+        if not isinstance(content, Sequence):
+            raise ProcessorError(f"message {index}'s content is {_describe(content)}, expected text or a list of parts")
+        parts = []
+        for part in content:
+            kind = _kind(part, index)
+            if kind != "text":
+                source = _source(part, _IMAGE_KEYS if kind == "image" else _VIDEO_KEYS, f"message {index}'s {kind} part")
+                (result.images if kind == "image" else result.videos).append(source)
+                part = {**part, "type": kind}  # OpenAI's image_url and parts without a type, for templates that ask for it
+            parts.append(part)
+        result.messages.append({**message, "content": parts})
     return result
 
 
-def _media_parts(content: Any, index: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The parts that the released chat template prints a placeholder for, by the template's own rule."""
-    if content is None or isinstance(content, str):
-        return
-    if not isinstance(content, Sequence):
-        raise ProcessorError(f"message {index}'s content is {_describe(content)}, expected text or a list of parts")
-    for part in content:
-        if not isinstance(part, Mapping):
-            raise ProcessorError(f'message {index} has a part {_describe(part)}, expected a dict such as {{"type": "text", ...}}')
-        kind = part.get("type")
-        if kind == "image" or "image" in part or "image_url" in part:
-            yield "image", part
-        elif kind == "video" or "video" in part:
-            yield "video", part
-        elif "text" not in part:
-            raise ProcessorError(f"message {index} has a part of type {kind!r}, expected text, image or video")
+def _kind(part: Any, index: int) -> str:
+    """text, image or video, by the rule of the released chat template."""
+    if not isinstance(part, Mapping):
+        raise ProcessorError(f'message {index} has a part {_describe(part)}, expected a dict such as {{"type": "text", ...}}')
+    kind = part.get("type")
+    if kind == "image" or "image" in part or "image_url" in part:
+        return "image"
+    if kind == "video" or "video" in part:
+        return "video"
+    if "text" not in part:
+        raise ProcessorError(f"message {index} has a part of type {kind!r}, expected text, image or video")
+    return "text"
 
 
 def _source(part: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:

@@ -78,9 +78,8 @@ def generate(
     rules = _Rules(sampling, np.uint32(seed % 2**32), stop, pad)
 
     given = cache
-    if cache is None:
-        dtype = model.model.language_model.embed_tokens.weight.dtype
-        cache = init_cache(model.config, layout.batch_size, layout.capacity, dtype=dtype)
+    dtype = model.model.language_model.embed_tokens.weight.dtype
+    cache = init_cache(model.config, layout.batch_size, layout.capacity, dtype=dtype) if given is None else given
     try:
         hidden, cache = _read_prompt(model, batch, layout, cache)
         progress = _first_token(model, hidden, cache.tokens, rules, bucket(max_new_tokens))
@@ -98,19 +97,16 @@ def generate(
         if given is not None:
             cache = _feed(model, progress.tokens, cache, progress.real)
     finally:
-        if given is not None:
+        if given is not None and cache is not None:
             given.refill(cache)  # the arrays it came with were given away
     return np.asarray(progress.answer)[:, :max_new_tokens]
 
 
 def _stop_and_pad(model: Any, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None) -> tuple[np.ndarray, np.int32]:
     known = model.generation_config
-    if eos_token_id is None:
-        eos_token_id = known.eos_token_id
-    stop = np.atleast_1d(np.asarray(eos_token_id, np.int32))
-    if pad_token_id is None:
-        pad_token_id = known.pad_token_id if known.pad_token_id is not None else int(stop[0]) if len(stop) else 0
-    return stop, np.int32(pad_token_id)
+    stop = np.atleast_1d(np.asarray(known.eos_token_id if eos_token_id is None else eos_token_id, np.int32))
+    candidates = (pad_token_id, known.pad_token_id, *stop.tolist(), 0)
+    return stop, np.int32(next(pad for pad in candidates if pad is not None))
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,8 @@ class _Layout:
         B, end = len(segment_ids), int(np.flatnonzero(filled.any(axis=0))[-1]) + 1
         start, capacity = (0, None) if cache is None else (int(cache.length), cache.capacity)
         if cache is not None and cache.tokens.shape[0] != B:
-            raise GenerationError(f"the cache has {cache.tokens.shape[0]} rows, the batch {B}; make one with init_cache(config, {B}, ...)")
+            rows = cache.tokens.shape[0]
+            raise GenerationError(f"the cache has {rows} rows, the batch {B}; make one with init_cache(config, {B}, ...)")
         chunk = min(prefill_chunk or bucket(end), bucket(end))
         columns = -(-end // chunk) * chunk
         if capacity is None:
@@ -167,7 +164,7 @@ def _read_prompt(model: Any, batch: Batch, layout: _Layout, cache: KVCache) -> t
     visual = _look(model, batch) if batch.patch_segment_ids.size else None
     columns = layout.fit(batch)
     columns["position_ids"] = columns["position_ids"] + np.asarray(cache.next_position)[:, None]
-    hidden = np.zeros((layout.batch_size, model.config.text_config.hidden_size), cache.k.dtype)
+    hidden: Any = np.zeros((layout.batch_size, model.config.text_config.hidden_size), cache.k.dtype)
     for first in range(0, layout.columns, layout.chunk):
         part = {name: value[..., first : first + layout.chunk] for name, value in columns.items()}
         hidden, cache = _read(model, part, visual, hidden, cache)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
+from qvlmoe_jax.conversion_record import WEIGHT_DTYPES
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.fp8 import FP8, SCALE_SUFFIX, scale_shape, split_ranges
 from qvlmoe_jax.hf import LM_HEAD_KEY, ExpertLayout, Row, expand
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES, TensorInfo
 from qvlmoe_jax.shards import listed
 
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
 FUSED: tuple[ExpertLayout, ...] = ("hub", "v5")
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -138,6 +138,9 @@ def match(config: Qwen3VLMoeConfig, found: Mapping[str, TensorInfo], where: str)
     scales = _find_scales(config, tensors)
     scale_names = set(scales.values())
     per_expert = any(".mlp.experts.0.gate_proj.weight" in key for key in tensors)
+    experts = config.text_config.num_experts
+    if per_expert and experts > len(tensors):  # said before the table of so many is made
+        raise CheckpointError(f"{where}: {len(tensors)} tensors, expected some for each of the {experts} experts of config.json")
     expected = {row.key for row in expand(config, "per_expert" if per_expert else "hub")}
     weights = set(tensors) - scale_names
     tied_lm_head = config.tie_word_embeddings and LM_HEAD_KEY in weights

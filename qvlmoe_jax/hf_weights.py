@@ -12,7 +12,8 @@ from qvlmoe_jax.fast_copy import copy_into
 from qvlmoe_jax.fp8 import FP8, dequantise
 from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, Row, param_shapes, rows_by_path
 from qvlmoe_jax.hf_match import match
-from qvlmoe_jax.shards import SafetensorsCheckpoint, local_file
+from qvlmoe_jax.local_files import local_file
+from qvlmoe_jax.shards import SafetensorsCheckpoint
 
 COMPARED_BYTES = 1 << 26
 FLOAT32 = np.dtype(np.float32)
@@ -30,7 +31,7 @@ class HFWeights:
     """A Hugging Face checkpoint directory laid against the table. Nothing but headers is read until a parameter is.
 
     Attributes:
-      directory: where it lies.
+      directory, side_directory: where it lies.
       config: from its config.json.
       files: its tensors by the names on disk.
       match: the table's rows for it, the expert layout found, and the scales of float8 tensors.
@@ -40,7 +41,7 @@ class HFWeights:
 
     def __init__(self, directory: str | Path):
         """Raises CheckpointError or ConfigError, naming the file, key or tensor, if the directory is not a whole checkpoint."""
-        self.directory = Path(directory)
+        self.directory = self.side_directory = Path(directory)
         self.files = SafetensorsCheckpoint(self.directory)
         if (self.directory / "config.json").is_symlink():
             local_file(self.directory, "config.json")
@@ -79,7 +80,7 @@ class HFWeights:
           copy: False allows a read-only view of the mapped file where the slice is one tensor's and needs no cast.
         """
         shape, dtype = self.shapes[path], dtype or self.dtypes[path]
-        bounds = [s.indices(size)[:2] for s, size in zip(index or (slice(None),) * len(shape), shape, strict=True)]
+        bounds = [_bounds(s, size) for s, size in zip(index or (slice(None),) * len(shape), shape, strict=True)]
         out: np.ndarray | None = None
         for row in self.rows[path]:
             place, inner = _intersect(row, bounds)
@@ -99,6 +100,12 @@ class HFWeights:
             assert self.config.fp8_block
             return dequantise(row, weight, self.files.array(self.match.scales[row.key]), self.config.fp8_block, inner)
         return row.to_param(weight)[inner]
+
+
+def _bounds(part: slice, size: int) -> tuple[int, int]:
+    """Where a slice of step 1 begins and ends in a dim of `size`; an empty one ends where it begins."""
+    start, stop, _ = part.indices(size)
+    return start, max(start, stop)
 
 
 def _intersect(row: Row, bounds: list[tuple[int, int]]) -> tuple[tuple[int | slice, ...] | None, tuple[slice, ...]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from qvlmoe_jax.errors import MediaError
-from qvlmoe_jax.sources import FetchLimits, open_source
+from qvlmoe_jax.sources import FetchLimits, name_of, open_source
 
 _VECTOR_FORMATS = ("EPS", "WMF")  # Pillow runs other programs to draw them
 _OPENING = threading.Lock()
@@ -32,7 +33,7 @@ def load_image(source: Any, limits: FetchLimits | None = None) -> Image.Image:
     if hasattr(source, "__array__") and hasattr(source, "shape"):
         return Image.fromarray(rgb_array(source, dims=3))
     stream = open_source(source, limits or FetchLimits())
-    name = source if isinstance(source, str) and len(source) <= 200 else f"the {type(source).__name__}"
+    name = name_of(source, "picture")
     try:
         with _opened(stream) as image:
             if image.format in _VECTOR_FORMATS:
@@ -44,7 +45,7 @@ def load_image(source: Any, limits: FetchLimits | None = None) -> Image.Image:
             "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except UnidentifiedImageError as error:
-        raise MediaError(f"{name} is not a picture that Pillow knows; expected PNG, JPEG, WebP, GIF, TIFF or BMP") from error
+        raise MediaError(f"{name} has no format that Pillow knows, expected PNG, JPEG, WebP, GIF, TIFF or BMP") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, MediaError):
             raise
@@ -54,6 +55,7 @@ def load_image(source: Any, limits: FetchLimits | None = None) -> Image.Image:
 def _opened(stream: Any) -> Image.Image:
     """Reads the header. Pillow only warns of a bomb below twice its limit; the filters of warnings belong to all threads."""
     with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # EXIF that cannot be read
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(stream)
 
@@ -96,21 +98,39 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise MediaError(f"{name} cannot be decoded: {error}; expected a whole, undamaged picture") from error
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I"):
         return _from_wide_grey(image, name)
     if image.mode == "F":
         raise MediaError(f"{name} holds floating-point pixels, whose scale is anybody's guess; convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:  # LAB, premultiplied alpha
+        raise MediaError(f"{name} is in mode {image.mode}, which Pillow does not turn into RGB; convert it first") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """By the EXIF tag. One that cannot be read is no reason to refuse the picture."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
+        return image
 
 
 def _from_wide_grey(image: Image.Image, name: str) -> Image.Image:
-    """16 bits to 8 by the high byte, as Pillow reads 16-bit colour. Its own conversion of grey clips all above 255 to white."""
+    """16 bits to 8 by the high byte, as Pillow reads 16-bit colour. Its own conversion of grey clips all above 255 to white.
+
+    Mode I has 32 bits and is what Pillow makes of 8-bit grey too: levels that fit into 8 bits stay.
+    """
     values = np.asarray(image)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise MediaError(f"{name} holds grey levels {values.min()} .. {values.max()}, expected 0 .. 65535; scale it to 16 bits")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise MediaError(f"{name} holds grey levels {low} .. {high}, expected 0 .. 65535; scale it to 16 bits")
+    if image.mode == "I" and high <= 255:
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qvlmoe_jax.collectives import placed_einsum, placed_lookup
+
 Init = Callable[..., jax.Array]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
@@ -42,31 +44,50 @@ def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """`einsum(equation, x, weight) (+ bias)`. The weight is `[in..., out...]`; the bias has the output's own letters."""
+    """`einsum(equation, x, weight) (+ bias)`. The weight is `[in..., out...]`; the bias has the output's own letters.
+
+    `place` is the weight's path in the sharding table: the product's collectives are then stated (`collectives`).
+    """
 
     def __init__(
-        self, equation: str, shape: tuple[int, ...], *, init: Init, dtype: DTypeLike, rngs: nnx.Rngs, use_bias: bool = False
+        self,
+        equation: str,
+        shape: tuple[int, ...],
+        *,
+        init: Init,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        use_bias: bool = False,
+        place: str | None = None,
     ):
         operands, output = equation.split("->")
         letters = operands.split(",")[1]
-        self.equation = equation
+        self.equation, self.place = equation, place
         self.weight = nnx.Param(init(rngs.params(), shape, dtype))
         out_shape = tuple(size for letter, size in zip(letters, shape, strict=True) if letter in output)
         self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = einsum(self.equation, x, self.weight[...])
+        weight = self.weight[...]
+        y = (
+            einsum(self.equation, x, weight)
+            if self.place is None
+            else placed_einsum(self.equation, x, weight, self.place, einsum)
+        )
         return y if self.bias is None else y + self.bias[...]
 
 
 class Embed(nnx.Module):
-    """A table `[V, D]`; calling it looks rows up."""
+    """A table `[V, D]`; calling it looks rows up. `place`: see `Linear`."""
 
-    def __init__(self, shape: tuple[int, int], *, init: Init, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, shape: tuple[int, int], *, init: Init, dtype: DTypeLike, rngs: nnx.Rngs, place: str = "embed_tokens/weight"
+    ):
+        self.place = place
         self.weight = nnx.Param(init(rngs.params(), shape, dtype))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+        return placed_lookup(self.weight[...], ids, self.place)
 
 
 class RMSNorm(nnx.Module):

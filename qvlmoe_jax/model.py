@@ -271,7 +271,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
 
         weights = checkpoint.open_weights(directory)
         model = cls.abstract(weights.config, backend=backend)
-        model.generation_config = GenerationConfig.from_directory(directory, weights.config.to_hf())
+        model.generation_config = GenerationConfig.from_directory(weights.side_directory, weights.config.to_hf())
         return model.with_params(checkpoint.load_params(weights, dtype=dtype, mesh=mesh))
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:

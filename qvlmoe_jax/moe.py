@@ -6,8 +6,8 @@ B batch, T length, S tokens (B*T), D hidden, E experts, F expert width, k expert
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from qvlmoe_jax.backend import BackendConfig
+from qvlmoe_jax.collectives import axes_of, gather
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
+from qvlmoe_jax.exchange import Exchange
 from qvlmoe_jax.experts import KERNELS
 from qvlmoe_jax.experts_stacked import STACKED_KERNELS
 from qvlmoe_jax.layers import Linear, einsum
@@ -120,12 +122,13 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             return self._device(x_BTD, valid_BT, gate, gate_up, down, stacked_layer, layout=_Layout())
         tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
         # The weights are taken as the table left them, so entering the region moves nothing.
+        gate_spec = partition_spec("layers/mlp/gate/weight", gate.shape, mesh)
         gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
         down_spec = partition_spec("layers/mlp/experts/down_proj", down.shape, mesh)
-        layout = _Layout.of(tokens, gate_up_spec, down_spec)
+        layout = _Layout.of(tokens, gate_spec, gate_up_spec, down_spec)
         return jax.shard_map(
             functools.partial(self._device, layout=layout),
-            in_specs=(P(*tokens, None), tokens, P(), gate_up_spec, down_spec, P()),
+            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, P()),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
         )(x_BTD, valid_BT, gate, gate_up, down, stacked_layer)
@@ -159,16 +162,30 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         """What one device does with its tokens and its experts; with an empty layout, the whole block."""
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
         with jax.named_scope("router"):
-            weights, experts, stats = self._choose(x, valid_BT.reshape(-1), gate)
+            weights, experts, stats = self._choose(x, valid_BT.reshape(-1), gather(gate, layout.gate))
             if layout.token_axes:
                 stats = jax.lax.psum(stats, layout.token_axes)
-        with jax.named_scope("dispatch"):
+        with jax.named_scope("weights"):
             if stacked_layer is not None and (layout.gate_up_fsdp or layout.down_fsdp):
                 gate_up, down, stacked_layer = gate_up[stacked_layer], down[stacked_layer], None  # gathering copies it anyway
             if layout.gate_up_fsdp:
-                gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=1, tiled=True)
+                # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler all-reduces the gradient instead.
+                E, D, _, F = gate_up.shape
+                gate_up = jax.lax.all_gather(gate_up.reshape(E, D, 2 * F), "fsdp", axis=1, tiled=True).reshape(E, -1, 2, F)
             if layout.down_fsdp:
                 down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
+
+        def kernel(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+            if stacked_layer is None:
+                return KERNELS[self.backend.experts](rows, gate_up, down, sizes)
+            return STACKED_KERNELS[self.backend.experts](rows, gate_up, down, sizes, stacked_layer)
+
+        if layout.gather_tokens and self.backend.dispatch == "all_to_all":
+            y = self._exchanged(x, weights, experts, kernel)
+            if layout.tensor:
+                y = jax.lax.psum(y, "tensor")
+            return y.reshape(x_BTD.shape), stats
+        with jax.named_scope("dispatch"):
             if layout.gather_tokens:
                 x, weights, experts = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, experts))
             local = gate_up.shape[-4]
@@ -177,10 +194,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
                 experts = jnp.where((experts >= 0) & (experts < local), experts, local)
             rows, order, group_sizes = dispatch(x, experts, local)
         with jax.named_scope("experts"):
-            if stacked_layer is None:
-                rows = KERNELS[self.backend.experts](rows, gate_up, down, group_sizes)
-            else:
-                rows = STACKED_KERNELS[self.backend.experts](rows, gate_up, down, group_sizes, stacked_layer)
+            rows = kernel(rows, group_sizes)
         with jax.named_scope("combine"):
             y = combine(rows, order, weights)
             if layout.tensor:
@@ -190,6 +204,22 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             elif layout.experts:
                 y = jax.lax.psum(y, "expert")
         return y.reshape(x_BTD.shape), stats
+
+    def _exchanged(
+        self, x: jax.Array, weights: jax.Array, experts: jax.Array, kernel: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> jax.Array:
+        """`[S,D]`: this device's tokens sent to their experts' devices (`exchange`), computed there, and sent back."""
+        with jax.named_scope("dispatch"):
+            rows, order, group_sizes = dispatch(x, experts, self.num_experts)
+            exchange = Exchange.plan(group_sizes, rows.shape[0], self.k)
+            arrived = exchange.to_experts(rows)
+            # senders follow one another in the buffer: sort once more, so that each expert's rows do
+            sorted_, reorder, local_sizes = dispatch(arrived, exchange.experts_of_rows()[:, None], exchange.counts.shape[1])
+        with jax.named_scope("experts"):
+            done = kernel(sorted_, local_sizes)
+        with jax.named_scope("combine"):
+            rows = exchange.back(done[jnp.argsort(reorder)], rows.shape[0])
+            return combine(rows, order, weights)
 
 
 @dataclass(frozen=True)
@@ -201,6 +231,7 @@ class _Layout:
     tensor: bool = False
     gate_up_fsdp: bool = False
     down_fsdp: bool = False
+    gate: P = P(None, None)  # noqa: RUF009 (immutable)
 
     @property
     def gather_tokens(self) -> bool:
@@ -208,14 +239,12 @@ class _Layout:
         return self.experts and "expert" in self.token_axes
 
     @classmethod
-    def of(cls, tokens: P, gate_up: P, down: P) -> _Layout:
-        def axes(entry: Any) -> tuple[str, ...]:
-            return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
+    def of(cls, tokens: P, gate: P, gate_up: P, down: P) -> _Layout:
         return cls(
-            token_axes=axes(tokens[0]) + axes(tokens[1]),
-            experts="expert" in axes(gate_up[-4]),
-            tensor="tensor" in axes(gate_up[-1]),
-            gate_up_fsdp="fsdp" in axes(gate_up[-3]),
-            down_fsdp="fsdp" in axes(down[-1]),
+            token_axes=axes_of(tokens[0]) + axes_of(tokens[1]),
+            experts="expert" in axes_of(gate_up[-4]),
+            tensor="tensor" in axes_of(gate_up[-1]),
+            gate_up_fsdp="fsdp" in axes_of(gate_up[-3]),
+            down_fsdp="fsdp" in axes_of(down[-1]),
+            gate=gate,
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.safetensors_io import parse_json
+from qvlmoe_jax.local_files import read_json
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -38,6 +38,14 @@ def store_spec(directory: Path, name: str, *, ocdbt: bool = False, zarr3: bool =
     return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
 
 
+def _check_chunks(store: ts.TensorStore) -> None:
+    """Raises ValueError for chunks larger than the array: reading one number would need any amount of memory."""
+    layout = store.chunk_layout
+    for chunk in (layout.read_chunk.shape or (), layout.write_chunk.shape or ()):
+        if any(step is not None and step > max(size, 1) for step, size in zip(chunk, store.shape, strict=False)):
+            raise ValueError(f"its chunks {list(chunk)} are larger than the array {list(store.shape)}")
+
+
 class OrbaxArrays:
     """The arrays of one pytree item (`CHECKPOINT/state`).
 
@@ -53,7 +61,7 @@ class OrbaxArrays:
         if not file.is_file():
             raise unreadable(self.directory, f"{METADATA_FILE} is not there")
         try:
-            metadata = parse_json(file.read_bytes(), METADATA_FILE)
+            metadata = read_json(file)
         except CheckpointError as error:
             raise unreadable(self.directory, error) from None
         tree = metadata.get("tree_metadata") if isinstance(metadata, dict) else None
@@ -61,8 +69,11 @@ class OrbaxArrays:
             raise unreadable(file, "it has no tree_metadata")
         try:
             keys = [tuple(str(key) for key in ast.literal_eval(name)) for name in tree]
-        except (ValueError, SyntaxError, TypeError) as error:
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:  # the last two: nested too deep
             raise unreadable(file, error) from None
+        for key in keys:
+            if any(not part or part in (".", "..") or set(part) & set("/\\\0") for part in key):
+                raise unreadable(file, f"{key!r:.200} is no name of an array")
         self.names = {"/".join(key[len(prefix) :]): ".".join(key) for key in keys if key[: len(prefix)] == prefix}
         self._zarr3 = bool(metadata.get("use_zarr3"))
         self._ocdbt = (self.directory / OCDBT_MANIFEST).is_file()
@@ -87,6 +98,7 @@ class OrbaxArrays:
         for path, future in opening.items():
             try:
                 stores[path] = future.result()
+                _check_chunks(stores[path])
             except (ValueError, OSError, RuntimeError) as error:
                 failed.append((path, error))
         if failed:

@@ -6,13 +6,10 @@ Computes what transformers' Qwen3VLProcessor does (models/qwen3_vl/processing_qw
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,18 +18,16 @@ from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.conversation import read_conversations
 from qvlmoe_jax.errors import MediaError, ProcessorError
 from qvlmoe_jax.images import load_image
-from qvlmoe_jax.patches import patchify
+from qvlmoe_jax.patches import in_threads, pixel_rows
 from qvlmoe_jax.processor_files import ImageSettings, VideoSettings, read_settings
+from qvlmoe_jax.prompts import PaddingSide, VideoPrompt, VideoTokens, VisionTokens, padded, prompt_ids
 from qvlmoe_jax.resize import resize, smart_resize
 from qvlmoe_jax.sources import FetchLimits
 from qvlmoe_jax.tokenizer import Tokenizer, read_json
-from qvlmoe_jax.videos import Clip, load_clip
+from qvlmoe_jax.videos import load_clip
 
 if TYPE_CHECKING:
     from qvlmoe_jax.batch import Batch
-
-VideoPrompt = Literal["replaced", "wrapped"]
-PaddingSide = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ class Processor:
         video_prompt: VideoPrompt | None = None,
         images_kwargs: Mapping[str, Any] | None = None,
         videos_kwargs: Mapping[str, Any] | None = None,
-        video_metadata: Sequence[Mapping[str, Any] | None] | Mapping[str, Any] | None = None,
+        video_metadata: Sequence[Any] | Mapping[str, Any] | None = None,
         fps: float | None = None,
         num_frames: int | None = None,
         do_sample_frames: bool | None = None,
@@ -176,20 +171,22 @@ class Processor:
         metadata = _per_video(video_metadata, len(videos))
         result: dict[str, np.ndarray] = {}
         image_tokens: list[int] = []
-        clips: list[_ClipPrompt] = []
+        clips: list[VideoTokens] = []
         if pictures:
-            rows, grids = _gather(_in_threads(partial(self._picture_rows, settings=image_settings), pictures))
+            resized = in_threads(lambda source: self._resized(source, image_settings)[None], pictures)
+            rows, grids = pixel_rows(resized, image_settings)
             result["pixel_values"], result["image_grid_thw"] = rows, grids
             image_tokens = (grids.prod(1) // image_settings.merge_size**2).tolist()
         if videos:
             loaded = [load_clip(v, video_settings, metadata=m, limits=self.limits) for v, m in zip(videos, metadata, strict=True)]
-            rows, grids = _gather([_rows(clip.frames, video_settings) for clip in loaded])
+            rows, grids = pixel_rows([clip.frames for clip in loaded], video_settings)
             result["pixel_values_videos"], result["video_grid_thw"] = rows, grids
             merge_unit = video_settings.merge_size**2
-            clips = [_ClipPrompt(clip, int(h * w) // merge_unit) for clip, (_, h, w) in zip(loaded, grids, strict=True)]
-        ids = self._tokenize(prompts, image_tokens, clips, video_prompt or self.video_prompt)
+            tokens = (grids[:, 1:].prod(1) // merge_unit).tolist()
+            clips = [VideoTokens(clip.timestamps, n) for clip, n in zip(loaded, tokens, strict=True)]
+        ids = prompt_ids(self.tokenizer, prompts, image_tokens, clips, video_prompt=video_prompt or self.video_prompt)
         side = padding_side or self.tokenizer.padding_side or "left"
-        return {**_padded(ids, self.tokenizer.pad_token_id, side), **result}
+        return {**padded(ids, self.tokenizer.pad_token_id, side), **result}
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         """The text of one row of ids; `skip_special_tokens=False` keeps the markers of turns, vision and padding."""
@@ -199,7 +196,7 @@ class Processor:
         """`decode` of each row."""
         return [self.decode(row, skip_special_tokens) for row in ids]
 
-    def _picture_rows(self, source: Any, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+    def _resized(self, source: Any, settings: ImageSettings) -> np.ndarray:
         image = load_image(source, self.limits)
         factor = settings.patch_size * settings.merge_size
         height, width = image.height, image.width
@@ -209,53 +206,14 @@ class Processor:
             )
         elif height % factor or width % factor:
             raise MediaError(f"the picture is {width} x {height} and do_resize is off; expected multiples of {factor}")
-        return _rows(resize(image, height, width, settings.resample)[None], settings)
-
-    def _tokenize(
-        self, prompts: list[str], image_tokens: list[int], clips: list[_ClipPrompt], video_prompt: VideoPrompt
-    ) -> list[np.ndarray]:
-        """Ids of the prompts with placeholders as many as there are visual tokens.
-
-        A run of placeholders is tokenized as one and repeated afterwards: it is a special token, which the tokenizer cuts out
-        before it looks at anything else, and a large picture has thousands.
-        """
-        image, video = self._token("image_token", "<|image_pad|>"), self._token("video_token", "<|video_pad|>")
-        start, end = self._token("vision_start_token", "<|vision_start|>"), self._token("vision_end_token", "<|vision_end|>")
-        found = [sum(prompt.count(token) for prompt in prompts) for token in (image, video)]
-        for kind, token, count, given in zip(
-            ("pictures", "videos"), (image, video), found, (len(image_tokens), len(clips)), strict=True
-        ):
-            if count != given:
-                raise ProcessorError(
-                    f"the conversations hold {given} {kind}, but their text has {count} placeholders {token}; expected one each "
-                    "(pictures belong in user or tool messages, and the placeholder itself in no text)"
-                )
-        waiting = iter(clips)
-        replaced = re.escape(start + video + end) + "|" + re.escape(video) if video_prompt == "replaced" else re.escape(video)
-        texts = [re.sub(replaced, lambda _: next(waiting).text(start, video, end), prompt) for prompt in prompts]
-        bos = self.tokenizer.special_tokens.get("bos_token")
-        ids = self.tokenizer.encode(texts, add_special_tokens=not (bos and texts[0].startswith(bos)))
-        counts = {
-            self.tokenizer.id_of(image): iter(image_tokens),
-            self.tokenizer.id_of(video): (clip.tokens for clip in clips for _ in clip.clip.timestamps),
-        }
-        return [_repeat(row, counts) for row in ids]
-
-    def _token(self, name: str, default: str) -> str:
-        """A vision token's text: tokenizer_config.json may name it (HF reads `tokenizer.image_token`)."""
-        extra = self.tokenizer.config.get("extra_special_tokens")
-        named = self.tokenizer.config.get(name) or (extra.get(name) if isinstance(extra, Mapping) else None)
-        return (named["content"] if isinstance(named, Mapping) else named) or default
+        return resize(image, height, width, settings.resample)
 
     def _check(self) -> None:
         """The vocabulary and the processor files against config.json."""
         if self.config is None:
             return
-        for name, default, key in (
-            ("image_token", "<|image_pad|>", "image_token_id"),
-            ("video_token", "<|video_pad|>", "video_token_id"),
-        ):
-            token = self._token(name, default)
+        marks = VisionTokens.of(self.tokenizer)
+        for token, key in ((marks.image, "image_token_id"), (marks.video, "video_token_id")):
             expected = getattr(self.config, key)
             if (found := self.tokenizer.id_of(token)) not in (expected, None):
                 raise ProcessorError(
@@ -276,17 +234,6 @@ class Processor:
                     )
 
 
-@dataclass(frozen=True)
-class _ClipPrompt:
-    """tokens: visual tokens of one temporal patch."""
-
-    clip: Clip
-    tokens: int
-
-    def text(self, start: str, video: str, end: str) -> str:
-        return "".join(f"<{seconds:.1f} seconds>{start}{video}{end}" for seconds in self.clip.timestamps)
-
-
 def _template_source(folder: Path, tokenizer: Tokenizer) -> str | None:
     """transformers' order: chat_template.jinja, chat_template.json, then tokenizer_config.json (a text, or named texts)."""
     if (folder / "chat_template.jinja").is_file():
@@ -302,52 +249,10 @@ def _template_source(folder: Path, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def _rows(frames: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
-    return patchify(
-        frames,
-        patch=settings.patch_size,
-        merge=settings.merge_size,
-        temporal=settings.temporal_patch_size,
-        **settings.normalisation(),
-    )
-
-
-def _gather(parts: list[tuple[np.ndarray, tuple[int, int, int]]]) -> tuple[np.ndarray, np.ndarray]:
-    rows = [part[0] for part in parts]
-    return (rows[0] if len(rows) == 1 else np.concatenate(rows)), np.array([part[1] for part in parts], np.int64)
-
-
-def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Pillow decodes and resizes, and numpy copies, without Python's lock."""
-    if len(items) < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1, 16)) as pool:
-        return list(pool.map(work, items))
-
-
 def _per_video(metadata: Any, count: int) -> list[Mapping[str, Any] | None]:
-    entries = [metadata] if isinstance(metadata, Mapping) else list(metadata or [None] * count)
+    entries: list[Any] = [metadata] if isinstance(metadata, Mapping) else list(metadata or [None] * count)
+    if any(isinstance(entry, (list, tuple)) for entry in entries):  # HF's other spelling: a list per conversation
+        entries = [one for entry in entries for one in entry]
     if len(entries) != count:
         raise ProcessorError(f"video_metadata has {len(entries)} entries for {count} videos; expected one each")
     return entries
-
-
-def _repeat(ids: np.ndarray, counts: Mapping[int | None, Iterator[int]]) -> np.ndarray:
-    repeats = np.ones(len(ids), np.int64)
-    for token, waiting in counts.items():
-        for at in np.flatnonzero(ids == token) if token is not None else ():
-            repeats[at] = next(waiting)
-    return np.repeat(ids, repeats)
-
-
-def _padded(rows: list[np.ndarray], pad: int, side: str) -> dict[str, np.ndarray]:
-    if side not in ("left", "right"):
-        raise ProcessorError(f"padding_side is {side!r}, expected 'left' or 'right'")
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad, np.int64)
-    mask = np.zeros((len(rows), width), np.int64)
-    for b, row in enumerate(rows):
-        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[b, where] = row
-        mask[b, where] = 1
-    return {"input_ids": ids, "attention_mask": mask}

@@ -33,14 +33,6 @@ class ImageSettings:
     do_rescale: bool = True
     do_normalize: bool = True
 
-    def normalisation(self) -> dict[str, Any]:
-        """The arguments of `patches.normalise`."""
-        return {
-            "rescale_factor": self.rescale_factor if self.do_rescale else None,
-            "mean": self.image_mean if self.do_normalize else None,
-            "std": self.image_std if self.do_normalize else None,
-        }
-
     def replace(self, what: str, **options: Any) -> Self:
         """These settings with some changed; None keeps one.
 

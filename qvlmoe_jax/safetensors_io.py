@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.local_files import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The cap of the Rust reader; the 235B's largest header is some 10 kB."""
@@ -56,28 +56,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     nbytes: int
-
-
-def parse_json(text: bytes, what: str) -> Any:
-    """JSON in which a key may not come twice (Python keeps the last one silently).
-
-    Raises:
-      CheckpointError: `what` (a file, a header) is not JSON or repeats a key.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{what}: key {twice!r} appears twice, expected every key once")
-        return out
-
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what}: not valid JSON ({error}); the file is damaged, download it again") from None
 
 
 def _is_count(value: Any) -> bool:

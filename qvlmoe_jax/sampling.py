@@ -85,9 +85,11 @@ def penalise(
     """float32 logits after the penalties. `seen` is needed with a repetition penalty, `generated` with a presence penalty."""
     logits = logits_BV.astype(jnp.float32)
     if sampling.repetition_penalty is not None:
+        assert seen_BV is not None
         penalty = sampling.repetition_penalty
         logits = jnp.where(seen_BV, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     if sampling.presence_penalty is not None:
+        assert generated_BV is not None
         logits = logits - jnp.where(generated_BV, sampling.presence_penalty, 0)
     return logits
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -70,7 +71,12 @@ def make_mesh(
     if len(devices) < wanted:
         sizes = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True) if n > 1)
         raise ValueError(f"a mesh of {sizes} needs {wanted} devices, {len(devices)} are here; lower one of the sizes")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])
+    except NotImplementedError:  # a TPU torus whose sides are not products of the sizes: 8 x 8 on 4 x 4 x 4 cuts a side in two
+        grid = mesh_utils.create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> P:
@@ -141,13 +147,18 @@ _BATCH_SPECS = {  # Batch field -> spec over its trailing dims; an accumulation 
 }
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a host Batch on the mesh: text rows and vision groups over (data, fsdp, expert), text columns over context.
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a Batch's leaves: text rows and vision groups over (data, fsdp, expert), text columns over context.
 
-    Each leaf may have an accumulation axis in front, which is not sharded.
+    Each leaf (array or ShapeDtypeStruct) may have an accumulation axis in front, which is not sharded.
     """
 
-    def place(path: Any, leaf: Any) -> jax.Array:
-        return jax.device_put(leaf, NamedSharding(mesh, fit(_BATCH_SPECS[path[-1].name], np.shape(leaf), mesh)))
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, fit(_BATCH_SPECS[path[-1].name], np.shape(leaf), mesh))
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a host Batch on the mesh, by `batch_shardings`."""
+    return jax.tree.map(jax.device_put, batch, batch_shardings(batch, mesh))

@@ -1,9 +1,4 @@
-"""A Hugging Face directory's weight files: one `model.safetensors`, or shards named by `model.safetensors.index.json`.
-
-Which files may be read. An index names files of its own directory only. A symbolic link is followed if it stays inside the
-directory, or, where the directory is a hub cache's `snapshots/REVISION`, if it ends in the sibling `blobs`, which is how that
-cache is laid out. So a downloaded index or link cannot make the converter read another file of the machine.
-"""
+"""A Hugging Face directory's weight files: one `model.safetensors`, or shards named by `model.safetensors.index.json`."""
 
 from __future__ import annotations
 
@@ -15,33 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_file, map_tensor, parse_json, read_header, write_safetensors
+from qvlmoe_jax.local_files import local_file, read_json
+from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_file, map_tensor, read_header, write_safetensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-
-def local_file(directory: Path, name: str) -> Path:
-    """`directory/name`, once it is known to stay inside by the rule above.
-
-    Raises:
-      CheckpointError: `name` is not a plain relative path, the link escapes, or no regular file is there.
-    """
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or "\\" in name:
-        raise CheckpointError(f"{directory}: file name {name!r} points outside the directory, expected a name inside it")
-    root = directory.resolve()
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    path = directory / name
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise CheckpointError(f"{path}: cannot be resolved ({error}), expected a regular file") from None
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise CheckpointError(f"{path}: a link to {target}, outside the directory; expected a file inside it, copy it there")
-    if not target.is_file():
-        raise CheckpointError(f"{path}: not found, expected a regular file; download it again")
-    return path
 
 
 def listed(names: Sequence[str]) -> str:
@@ -51,7 +24,7 @@ def listed(names: Sequence[str]) -> str:
 
 def _read_index(directory: Path) -> dict[str, str]:
     path = local_file(directory, INDEX_FILE)
-    index = parse_json(path.read_bytes(), str(path))
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{path}: no usable weight_map, expected an object of tensor name -> file name")

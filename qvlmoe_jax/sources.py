@@ -53,6 +53,12 @@ def open_source(source: Any, limits: FetchLimits) -> Path | BinaryIO:
     return _path_or_base64(source)
 
 
+def name_of(source: Any, what: str) -> str:
+    """What an error calls a source: its path or URL where it has one, "the picture" where it is data."""
+    text = str(source) if isinstance(source, (str, os.PathLike)) else ""
+    return text if 0 < len(text) <= 200 and text[:5].lower() != "data:" else f"the {what}"
+
+
 def base64_bytes(text: str) -> BinaryIO:
     """The bytes of base64 text (HF's `base64` key), with or without a `data:` header."""
     if text[:5].lower() == "data:":

@@ -31,10 +31,18 @@ class Qwen3VLMoeTextAttention(nnx.Module):
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         init = truncated_normal(config.initializer_range, 2.0)
         self.backend = backend
-        self.q_proj = Linear("BTD,DNH->BTNH", (D, N, H), init=init, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear("BTD,DKH->BTKH", (D, K, H), init=init, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear("BTD,DKH->BTKH", (D, K, H), init=init, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear("BTNH,NHD->BTD", (N, H, D), init=init, dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(
+            "BTD,DNH->BTNH", (D, N, H), init=init, dtype=dtype, rngs=rngs, place="layers/self_attn/q_proj/weight"
+        )
+        self.k_proj = Linear(
+            "BTD,DKH->BTKH", (D, K, H), init=init, dtype=dtype, rngs=rngs, place="layers/self_attn/k_proj/weight"
+        )
+        self.v_proj = Linear(
+            "BTD,DKH->BTKH", (D, K, H), init=init, dtype=dtype, rngs=rngs, place="layers/self_attn/v_proj/weight"
+        )
+        self.o_proj = Linear(
+            "BTNH,NHD->BTD", (N, H, D), init=init, dtype=dtype, rngs=rngs, place="layers/self_attn/o_proj/weight"
+        )
         self.q_norm = RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(H, eps=config.rms_norm_eps, dtype=dtype)
 
@@ -43,9 +51,9 @@ class Qwen3VLMoeTextAttention(nnx.Module):
         q = rotate(self.q_norm(self.q_proj(x_BTD)), *rotary)
         k = rotate(self.k_norm(self.k_proj(x_BTD)), *rotary)
         v = self.v_proj(x_BTD)
-        # Under context parallelism queries stay where they are; keys and values are gathered.
+        # Under context parallelism queries stay where they are; keys and values are gathered, by splash itself or here.
         q = constrain(q, BATCH, "context", "tensor", None)
-        k, v = (constrain(a, BATCH, None, "tensor", None) for a in (k, v))
+        k, v = (constrain(a, BATCH, "context" if self.backend.attention == "splash" else None, "tensor", None) for a in (k, v))
         return q, k, v
 
     def __call__(self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> jax.Array:
@@ -59,9 +67,9 @@ class Qwen3VLMoeTextMLP(nnx.Module):
     def __init__(self, config: Qwen3VLMoeTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
         init = truncated_normal(config.initializer_range, 2.0)
-        self.gate_proj = Linear("BTD,DF->BTF", (D, F), init=init, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear("BTD,DF->BTF", (D, F), init=init, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear("BTF,FD->BTD", (F, D), init=init, dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear("BTD,DF->BTF", (D, F), init=init, dtype=dtype, rngs=rngs, place="layers/mlp/gate_proj/weight")
+        self.up_proj = Linear("BTD,DF->BTF", (D, F), init=init, dtype=dtype, rngs=rngs, place="layers/mlp/up_proj/weight")
+        self.down_proj = Linear("BTF,FD->BTD", (F, D), init=init, dtype=dtype, rngs=rngs, place="layers/mlp/down_proj/weight")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from qvlmoe_jax.errors import MediaError
 from qvlmoe_jax.images import load_image, rgb_array
 from qvlmoe_jax.processor_files import VideoSettings
 from qvlmoe_jax.resize import resize, smart_resize_video
-from qvlmoe_jax.sources import FetchLimits, open_source
+from qvlmoe_jax.sources import FetchLimits, name_of, open_source
 
 UNKNOWN_FPS = 24.0
 
@@ -112,7 +114,7 @@ def _from_frames(source: Any, settings: VideoSettings, metadata: Mapping[str, An
         raise MediaError("the clip has no frames; expected at least two")
     fps = metadata.get("fps")
     if fps is None:
-        logger.warning("a clip came as frames without metadata: taken for %g frames a second; pass video_metadata", UNKNOWN_FPS)
+        _tell_once("clips came as frames without their fps, taken for %g frames a second: pass video_metadata")
     chosen = sample_frames(len(frames), fps, settings)
     source_index = np.arange(len(frames))
     if not settings.do_sample_frames and metadata.get("frames_indices") is not None:
@@ -125,20 +127,21 @@ def _from_frames(source: Any, settings: VideoSettings, metadata: Mapping[str, An
 
 def _from_file(source: Any, settings: VideoSettings, limits: FetchLimits) -> Clip:
     import av  # half a second, and only video files need it
+    from av.error import FFmpegError
 
     stream = open_source(source, limits)
-    name = source if isinstance(source, str) and len(source) <= 200 else f"the {type(source).__name__}"
+    name = name_of(source, "video")
 
     def opened(use: Callable[[Any], Any]) -> Any:
-        if hasattr(stream, "seek"):
+        if not isinstance(stream, Path):
             stream.seek(0)
         try:
-            with av.open(stream if hasattr(stream, "read") else str(stream)) as container:
+            with av.open(str(stream) if isinstance(stream, Path) else stream) as container:
                 if not container.streams.video:
                     raise MediaError(f"{name} has no video stream; expected a video file")
                 container.streams.video[0].thread_type = "AUTO"
                 return use(container)
-        except (av.FFmpegError, IndexError) as error:
+        except (FFmpegError, IndexError) as error:
             raise MediaError(f"{name} cannot be decoded: {error}; expected a whole, undamaged video") from error
 
     def facts(container: Any) -> tuple[int, float | None]:
@@ -147,7 +150,7 @@ def _from_file(source: Any, settings: VideoSettings, limits: FetchLimits) -> Cli
 
     total, fps = opened(facts)
     if fps is None:
-        logger.warning("%s does not say its frames per second: taken for %g", name, UNKNOWN_FPS)
+        _tell_once("a video does not say its fps, taken for %g frames a second")
 
     def decode(container: Any) -> Clip:
         chosen = sample_frames(total, fps, settings)
@@ -158,14 +161,26 @@ def _from_file(source: Any, settings: VideoSettings, limits: FetchLimits) -> Cli
             return opened(decode)
         except _FewerFrames:
             pass
-    total = opened(lambda container: sum(1 for _ in container.decode(video=0)))
+    claimed, total = total, opened(lambda container: sum(1 for _ in container.decode(video=0)))
     if not total:
         raise MediaError(f"{name} holds no frames; expected a whole, undamaged video")
+    if total < claimed:
+        logger.warning("%s holds %d frames of the %d that its header counts; is it cut off?", name, total, claimed)
     return opened(decode)
 
 
+def _upright(frame: Any) -> np.ndarray:
+    """RGB, turned as the container's display matrix says (phones film sideways); degrees are counter-clockwise."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
+
+
 class _FewerFrames(Exception):
-    pass
+    """The container's header counts more frames than there are."""
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    logger.warning(message, UNKNOWN_FPS)
 
 
 def _decoded(container: Any, chosen: np.ndarray) -> Iterator[Image.Image]:
@@ -177,7 +192,7 @@ def _decoded(container: Any, chosen: np.ndarray) -> Iterator[Image.Image]:
             return
         if i != index:
             continue
-        picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+        picture = Image.fromarray(_upright(frame))
         while index == i:
             yield picture
             index = next(wanted, None)

@@ -26,8 +26,12 @@ class Qwen3VLMoeVisionAttention(nnx.Module):
         D, N, H = config.hidden_size, config.num_heads, config.head_dim
         init = jax.nn.initializers.normal(config.initializer_range)
         self.backend = backend
-        self.qkv = Linear("RPD,DCNH->RPCNH", (D, 3, N, H), init=init, dtype=dtype, rngs=rngs, use_bias=True)
-        self.proj = Linear("RPNH,NHD->RPD", (N, H, D), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+        self.qkv = Linear(
+            "RPD,DCNH->RPCNH", (D, 3, N, H), init=init, dtype=dtype, rngs=rngs, use_bias=True, place="blocks/attn/qkv/weight"
+        )
+        self.proj = Linear(
+            "RPNH,NHD->RPD", (N, H, D), init=init, dtype=dtype, rngs=rngs, use_bias=True, place="blocks/attn/proj/weight"
+        )
 
     def __call__(self, x_RPD: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> jax.Array:
         q, k, v = jnp.unstack(self.qkv(x_RPD), axis=2)
@@ -41,8 +45,12 @@ class Qwen3VLMoeVisionMLP(nnx.Module):
     def __init__(self, config: Qwen3VLMoeVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
         init = jax.nn.initializers.normal(config.initializer_range)
-        self.linear_fc1 = Linear("RPD,DF->RPF", (D, F), init=init, dtype=dtype, rngs=rngs, use_bias=True)
-        self.linear_fc2 = Linear("RPF,FD->RPD", (F, D), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+        self.linear_fc1 = Linear(
+            "RPD,DF->RPF", (D, F), init=init, dtype=dtype, rngs=rngs, use_bias=True, place="blocks/mlp/linear_fc1/weight"
+        )
+        self.linear_fc2 = Linear(
+            "RPF,FD->RPD", (F, D), init=init, dtype=dtype, rngs=rngs, use_bias=True, place="blocks/mlp/linear_fc2/weight"
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_fc2(gelu(self.linear_fc1(x), approximate=True))
@@ -73,9 +81,13 @@ class Qwen3VLMoeVisionPatchMerger(nnx.Module):
         init = jax.nn.initializers.normal(config.initializer_range)
         self.use_postshuffle_norm, self.merge_unit = use_postshuffle_norm, config.merge_unit
         self.norm = LayerNorm(width if use_postshuffle_norm else config.hidden_size, dtype=dtype)
-        self.linear_fc1 = Linear("...D,DF->...F", (width, width), init=init, dtype=dtype, rngs=rngs, use_bias=True)
+        self.linear_fc1 = Linear(
+            "...D,DF->...F", (width, width), init=init, dtype=dtype, rngs=rngs, use_bias=True, place="merger/linear_fc1/weight"
+        )
         out = (width, config.out_hidden_size)
-        self.linear_fc2 = Linear("...F,FD->...D", out, init=init, dtype=dtype, rngs=rngs, use_bias=True)
+        self.linear_fc2 = Linear(
+            "...F,FD->...D", out, init=init, dtype=dtype, rngs=rngs, use_bias=True, place="merger/linear_fc2/weight"
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.use_postshuffle_norm:
@@ -97,6 +109,7 @@ class Qwen3VLMoeVisionPatchEmbed(nnx.Module):
             dtype=dtype,
             rngs=rngs,
             use_bias=True,
+            place="patch_embed/proj/weight",
         )
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
@@ -115,7 +128,9 @@ class Qwen3VLMoeVisionModel(nnx.Module):
         self.config, self.backend = config, backend
         init = jax.nn.initializers.normal(config.initializer_range)
         self.patch_embed = Qwen3VLMoeVisionPatchEmbed(config, dtype=dtype, rngs=rngs)
-        self.pos_embed = Embed((config.num_position_embeddings, config.hidden_size), init=init, dtype=dtype, rngs=rngs)
+        self.pos_embed = Embed(
+            (config.num_position_embeddings, config.hidden_size), init=init, dtype=dtype, rngs=rngs, place="pos_embed/weight"
+        )
         self.blocks = stack(
             lambda keys: Qwen3VLMoeVisionBlock(config, backend=backend, dtype=dtype, rngs=keys), config.depth, rngs
         )

@@ -85,6 +85,22 @@ def write_hf_checkpoint(
     return directory
 
 
+def split_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hub layout -> three linears `[out,in]` for each expert, as quantisers and some trainers write them."""
+    out = {}
+    for key, tensor in tensors.items():
+        base, fused, name = key.partition(".mlp.experts.")
+        if not fused:
+            out[key] = tensor
+            continue
+        width = tensor.shape[2] // 2
+        parts = {"gate": tensor[..., :width], "up": tensor[..., width:]} if name == "gate_up_proj" else {"down": tensor}
+        for part, stack in parts.items():
+            for e, linear in enumerate(stack):
+                out[f"{base}.mlp.experts.{e}.{part}_proj.weight"] = np.ascontiguousarray(linear.T)
+    return out
+
+
 def read_raw(path: Path) -> tuple[dict[str, Any], bytes]:
     """A safetensors file's header and data, unchecked, for a test to damage."""
     raw = path.read_bytes()

@@ -50,12 +50,8 @@ def fetch_with_pyav(videos: Any, sample_indices_fn: Any = None) -> Any:
 
     if isinstance(videos, list):
         return list(zip(*[fetch_with_pyav(one, sample_indices_fn) for one in videos], strict=True))
-    if sample_indices_fn is None:
-
-        def sample_indices_fn(metadata: Any, **_: Any) -> np.ndarray:
-            return np.arange(metadata.total_num_frames)
-
-    return load_video(videos, backend="pyav", sample_indices_fn=sample_indices_fn)
+    every = lambda metadata, **_: np.arange(metadata.total_num_frames)  # noqa: E731
+    return load_video(videos, backend="pyav", sample_indices_fn=sample_indices_fn or every)
 
 
 def tables(rows: int = 3000) -> dict[str, np.ndarray]:

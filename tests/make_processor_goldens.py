@@ -52,6 +52,8 @@ def main() -> None:
         hf = hf_processor.processor(qwen_tokenizer.build(Path(directory)))
         hf.video_processor.fetch_videos = hf_processor.fetch_with_pyav
         for name, case in all_cases():
+            if older and name.removeprefix("video/") in processor_cases.NOT_IN_457:
+                continue
             for key, value in reference(hf, case, older=older).items():
                 if key.startswith("pixel_values"):
                     if not older:
@@ -85,7 +87,7 @@ def reference(hf: Any, case: Case, *, older: bool) -> dict[str, np.ndarray]:
     hf.tokenizer.padding_side = options.pop("padding_side", "left")
     videos = {**options.pop("videos_kwargs", {}), **options}
     if older:
-        videos.pop("cap_pixels_per_frame", None)
+        videos.pop("cap_pixels_per_frame", None)  # its only behaviour is False
     conversations = [case.conversations] if isinstance(case.conversations[0], dict) else case.conversations
     text = [hf.apply_chat_template(one, tokenize=False, **template) for one in conversations]
     pictures = [source for one in conversations for source in _sources(one, ("image", "image_url"))]
@@ -134,7 +136,7 @@ def write_video_files() -> None:
         ("h264_10fps_31frames_uncounted.mkv", "libx264", "10", 31, (48, 64)),
     ):
         with av.open(str(processor_cases.VIDEO_FILES / name), "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(rate))
+            stream: Any = container.add_stream(codec, rate=Fraction(rate))
             stream.height, stream.width = size
             stream.pix_fmt = "yuv420p"
             stream.bit_rate = 40_000

@@ -1,7 +1,8 @@
 """The real Qwen3-VL tokenizer, template and processor files, rebuilt: a directory the hub's files would make.
 
 data/qwen_ranks.xz holds the 151,643 byte strings of Qwen's vocabulary in the order of their ids: one byte of length each, then
-the strings (`python -m tests.qwen_tokenizer qwen.tiktoken` packs it). tokenizer.json comes out byte for byte as the hub's.
+the strings. `python -m tests.qwen_tokenizer qwen.tiktoken` packs it from the file in the wheel of dashscope 2.0.2 (Apache-2.0).
+tokenizer.json comes out byte for byte as the hub's.
 """
 
 from __future__ import annotations

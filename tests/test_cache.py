@@ -1,4 +1,4 @@
-"""The cache's memory, compiled programs that are used again, refusals, and a sharded decoder that computes what one device does."""
+"""The cache's memory, programs that are compiled once, refusals, and a sharded decoder that computes what one device does."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def test_a_step_updates_the_cache_where_it_lies(model) -> None:
     tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
     memory = jax.jit(decode_step, donate_argnums=2).lower(model, tokens, cache).compile().memory_analysis()
     size = cache_bytes(model.config, 2, 4096, jnp.float32)
+    assert memory is not None
     assert memory.alias_size_in_bytes >= size
     layer = size // model.config.text_config.num_hidden_layers
     assert memory.temp_size_in_bytes < 2 * layer
@@ -68,7 +69,7 @@ def test_a_step_updates_the_cache_where_it_lies(model) -> None:
 
 def test_nothing_compiles_twice_in_a_bucket(model) -> None:
     """Other prompts, other lengths, other numbers of new tokens, other sampling values, another seed."""
-    options: dict[str, Any] = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "eos_token_id": ()}
+    options: Any = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "eos_token_id": ()}
     generate(model, batch(model, "image", "mixed"), max_new_tokens=32, **options)
     with compilations(0):
         generate(model, batch(model, "mixed", "text"), max_new_tokens=32, **options)
@@ -80,7 +81,7 @@ def test_nothing_compiles_twice_in_a_bucket(model) -> None:
 @pytest.mark.slow
 def test_chunks_share_one_program(model) -> None:
     """However many of them a prompt has."""
-    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": (), "prefill_chunk": 8}
+    options: Any = {"max_new_tokens": 8, "eos_token_id": (), "prefill_chunk": 8}
     cache = init_cache(model.config, 2, 128)
     generate(model, batch(model, "text", "image"), cache=cache, **options)
     with compilations(0):
@@ -93,7 +94,7 @@ def test_the_counter_counts() -> None:
 
 
 def test_same_seed_same_text_whatever_stands_beside_it(model) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.9, "seed": 11, "eos_token_id": ()}
+    options: Any = {"max_new_tokens": 24, "temperature": 0.9, "seed": 11, "eos_token_id": ()}
     first = generate(model, batch(model, "image", "mixed"), **options)
     np.testing.assert_array_equal(generate(model, batch(model, "image", "mixed"), **options), first)
     other = generate(model, batch(model, "image", "video"), **options)
@@ -104,7 +105,7 @@ def test_same_seed_same_text_whatever_stands_beside_it(model) -> None:
 
 @pytest.mark.slow
 def test_same_seed_same_text_alone(model) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.9, "seed": 11, "eos_token_id": ()}
+    options: Any = {"max_new_tokens": 24, "temperature": 0.9, "seed": 11, "eos_token_id": ()}
     together = generate(model, batch(model, "image", "mixed"), **options)
     np.testing.assert_array_equal(generate(model, batch(model, "image"), **options)[0], together[0])
 
@@ -124,7 +125,8 @@ def test_a_cache_grows_without_forgetting(model) -> None:
 def test_what_does_not_fit_is_refused_with_what_would(model) -> None:
     one = batch(model, "long text")
     cache = init_cache(model.config, 1, 32)
-    with pytest.raises(GenerationError, match=r"the cache has 32 columns, 0 of them used; .* need 39; .*init_cache\(config, 1, 64\)"):
+    words = r"the cache has 32 columns, 0 of them used; .* need 39; .*init_cache\(config, 1, 64\)"
+    with pytest.raises(GenerationError, match=words):
         generate(model, one, max_new_tokens=10, cache=cache)
     with pytest.raises(GenerationError, match="the cache has 1 rows, the batch 2"):
         generate(model, batch(model, "text", "image"), max_new_tokens=1, cache=cache)
@@ -142,6 +144,7 @@ def test_what_does_not_fit_is_refused_with_what_would(model) -> None:
         init_cache(model.config, 0, 5)
 
 
+@pytest.mark.slow
 def test_the_given_cache_survives_an_interruption(model) -> None:
     cache = init_cache(model.config, 1, 128)
 
@@ -153,17 +156,13 @@ def test_the_given_cache_survives_an_interruption(model) -> None:
     assert np.asarray(cache.tokens)[0, 0] >= 0, "its arrays are alive"
 
 
-SIZES = [
-    {"expert": 2, "tensor": 2, "fsdp": 2},
-    pytest.param({"expert": 8}, marks=pytest.mark.slow),
-    pytest.param({"tensor": 2, "data": 2}, marks=pytest.mark.slow),
-    pytest.param({"fsdp": 4, "context": 2}, marks=pytest.mark.slow),
-]
+SIZES = [{"expert": 2, "tensor": 2, "fsdp": 2}, {"expert": 8}, {"tensor": 2, "data": 2}, {"fsdp": 4, "context": 2}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_sharded_is_single(model, sizes: dict[str, int], rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 4])
+def test_sharded_is_single(model, sizes: Any, rows: int) -> None:
     names = ("image", "mixed", "video", "long text")[:rows]
     expected = generate(model, batch(model, *names), max_new_tokens=16, eos_token_id=())
     cache = init_cache(model.config, rows, 96)

@@ -36,6 +36,9 @@ BIGGER = tiny.variant(
 )
 
 
+NUM_FILES = 63
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("source")
@@ -63,18 +66,26 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def kill_and_resume(source: Path, destination: Path, rng: random.Random, kills: int) -> int:
-    """Kills runs at random moments of their writing until one finishes. Returns how many were killed."""
-    killed = 0
-    for _ in range(kills):
+def files_written(work: Path) -> int:
+    return sum(len(files) for folder, _, files in os.walk(work / "result") if "/c" in folder)
+
+
+def kill_and_resume(source: Path, destination: Path, rng: random.Random, kills: int) -> list[int]:
+    """Kills runs one after another: the first as it begins, the others at a random number of files, until one finishes.
+
+    Returns how many files there were at each kill.
+    """
+    killed = []
+    work = destination.with_name(destination.name + ".converting")
+    for attempt in range(kills):
         process = subprocess.Popen(command(source, destination, "--resume"), cwd=ROOT, stdout=subprocess.DEVNULL)
-        work = destination.with_name(destination.name + ".converting")
-        while process.poll() is None and not work.exists():
-            time.sleep(0.005)
-        time.sleep(rng.random() * 1.2)
+        enough = rng.randint(1, NUM_FILES - 5) if attempt else 0
+        while process.poll() is None and (not work.exists() or files_written(work) < enough):
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
-            killed += 1
+            killed.append(files_written(work))
         process.wait()
         assert not (destination.exists() and work.joinpath("result").exists())
         if process.returncode == 0:
@@ -87,7 +98,9 @@ def kill_and_resume(source: Path, destination: Path, rng: random.Random, kills: 
 
 def check_killed(source: Path, whole: dict[str, bytes], tmp_path: Path, *, seed: int, kills: int) -> None:
     destination = tmp_path / f"jax{seed}"
-    assert kill_and_resume(source, destination, random.Random(seed), kills) > 0
+    assert NUM_FILES == sum("/c/" in name for name in whole)
+    killed = kill_and_resume(source, destination, random.Random(seed), kills)
+    assert len(killed) > 1 and killed[-1] > 0, killed
     assert contents(destination) == whole
     assert not destination.with_name(destination.name + ".converting").exists()
 

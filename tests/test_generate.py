@@ -181,7 +181,7 @@ def test_rows_end_at_their_stop_token(tiny_pair: Pair) -> None:
 
 def test_a_row_that_ended_goes_on_in_the_next_turn(tiny_pair: Pair) -> None:
     """The pads after its end are not part of the conversation."""
-    first, second = ([tiny_pair.row(name, seed) for name in names] for seed, names in enumerate((("image", "mixed"), ("text", "text"))))
+    first, second = [[tiny_pair.row(name, t) for name in names] for t, names in enumerate((("image", "mixed"), ("text", "text")))]
     inputs = prompts.batch([[row] for row in first])
     stop = int(tiny_pair.answer(inputs)[0, 6])
     cache = init_cache(tiny_pair.model.config, 2, 256)

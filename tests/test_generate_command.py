@@ -83,7 +83,8 @@ def test_a_second_start_compiles_nothing(directory: Path) -> None:
 
 @pytest.mark.slow
 def test_a_mesh_gives_the_same_answer(directory: Path) -> None:
-    flags = ("--image", str(CAT), "--prompt", "What is this?", "--max-new-tokens", "12", "--dtype", "float32", "--temperature", "0")
+    flags = ("--image", str(CAT), "--prompt", "What is this?", "--max-new-tokens", "12", "--temperature", "0")
+    flags += ("--dtype", "float32")
     devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     single, spread = run(directory, *flags), run(directory, *flags, "--mesh", "expert=2,tensor=2", env=devices)
     assert single.returncode == spread.returncode == 0, spread.stderr

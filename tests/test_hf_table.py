@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_the_table_is_a_bijection(config: Qwen3VLMoeConfig, layout: ExpertLayout
         np.testing.assert_array_equal(row.to_hf(params[row.path][row.index]), tensors[row.key])
 
 
-def placed(config: ConfigDict, layout: ExpertLayout = "hub") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def placed(config: ConfigDict, layout: Literal["hub", "v5"] = "hub") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Random tensors by HF key, and the parameters the table makes of them."""
     tensors = random_hf_tensors(config, layout=layout)
     parsed = Qwen3VLMoeConfig.from_hf(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_every_block_runs(page: Path, demo: tuple[Path, str]) -> None:
             continue
         for line in code.splitlines():
             if not line.startswith("make "):
-                command, *arguments = line.split()
+                command, *arguments = shlex.split(line, comments=True)
                 assert command == "python"
                 run([sys.executable, *arguments], demo[0])
                 ran += 1

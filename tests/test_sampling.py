@@ -83,7 +83,7 @@ def test_cuts_are_transformers(name: str) -> None:
     from transformers.generation import logits_process as hf
 
     options = CUTS[name]
-    processors = [hf.TemperatureLogitsWarper(options["temperature"])]
+    processors: Any = [hf.TemperatureLogitsWarper(options["temperature"])]
     if "top_k" in options:
         processors.append(hf.TopKLogitsWarper(options["top_k"]))
     if "top_p" in options:
@@ -133,10 +133,10 @@ def test_every_row_step_and_seed_has_its_own_key() -> None:
 
 
 def test_values_do_not_recompile() -> None:
-    draw = jax.jit(lambda sampling: choose(jnp.asarray(LOGITS)[None], sampling, 0, jnp.int32(0)))
+    draw: Any = jax.jit(lambda sampling: choose(jnp.asarray(LOGITS)[None], sampling, 0, jnp.int32(0)))
     for temperature, top_p in ((0.5, 0.9), (0.7, 0.8), (1.3, 0.1)):
         draw(Sampling.of(temperature=temperature, top_p=top_p))
-    assert draw._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert draw._cache_size() == 1
     assert Sampling.of(temperature=0, top_p=0.5, top_k=3) == Sampling(), "greedy needs no cut"
 
 
@@ -154,7 +154,8 @@ def test_values_do_not_recompile() -> None:
     ],
     ids=str,
 )
-def test_values_out_of_range_are_refused_by_name(options: dict[str, Any]) -> None:
+def test_values_out_of_range_are_refused_by_name(options: Any) -> None:
     (name,) = options
+    values: Any = {"temperature": 1.0} | options
     with pytest.raises(GenerationError, match=rf"{name} = .*, expected "):
-        Sampling.of(**{"temperature": 1.0} | options)
+        Sampling.of(**values)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from qvlmoe_jax.errors import ConfigError
@@ -112,7 +113,7 @@ def test_the_command_refuses_in_one_line_without_jax(tmp_path: Path) -> None:
 
 def rates(config: ScheduleConfig, steps: int) -> list[float]:
     rate = schedule(config, 2.0, steps)
-    return [float(rate(np.int32(i))) for i in range(steps)]
+    return [float(rate(jnp.int32(i))) for i in range(steps)]
 
 
 def test_schedules() -> None:
@@ -122,7 +123,7 @@ def test_schedules() -> None:
     cosine = rates(ScheduleConfig(name="cosine", warmup_steps=2, final_fraction=0.1), 12)
     assert cosine[:3] == pytest.approx([1, 2, 2])
     assert cosine[7] == pytest.approx(2 * (0.1 + 0.9 / 2))  # half way
-    assert all(a > b for a, b in zip(cosine[2:], cosine[3:], strict=False)) and cosine[-1] > 0.2
+    assert all(a > b for a, b in itertools.pairwise(cosine[2:])) and cosine[-1] > 0.2
 
 
 def tree() -> dict[str, Any]:

@@ -22,7 +22,8 @@ from train.state import init_state
 from train.step import make_train_step
 
 STEPS = 10
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
+CLIP = 1.0
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=CLIP)
 SCHEDULE = ScheduleConfig(name="cosine", warmup_steps=2, final_fraction=0.1)
 
 
@@ -49,7 +50,7 @@ def torch_curve(config: dict[str, Any], tensors: dict[str, np.ndarray], aux: flo
         options = {"output_router_logits": True} if aux else {}
         out = reference.run(model, inputs | {"labels": cases.shifted_labels(inputs, config)}, **options)
         out.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
@@ -73,7 +74,7 @@ def test_ten_steps_follow_torch(name: str, aux: float, record) -> None:
     tx = make_optimizer(OPTIMIZER)
     state = init_state(jax.tree.map(jnp.copy, model.params()), tx)
     rate = schedule(SCHEDULE, OPTIMIZER.learning_rate, STEPS)
-    step = make_train_step(model, tx, rate, loss=LossConfig(chunk_tokens=48, aux_loss=aux), optimizer=OPTIMIZER)
+    step: Any = make_train_step(model, tx, rate, loss=LossConfig(chunk_tokens=48, aux_loss=aux), optimizer=OPTIMIZER)
     for number, (inputs, (loss, norm)) in enumerate(zip(inputs_of(config), expected, strict=True)):
         state, metrics = step(state, training.stacked([training.labelled(config, inputs)]))
         assert float(metrics["learning_rate"]) == pytest.approx(learning_rate(number), rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_a_service_that_is_not_installed(tmp_path: Path, service: str, monkeypat
     package = {"tensorboard": "tensorboardX"}.get(service, service)
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(TrainingError, match=f"metrics.{service} needs the package {package}, .* pip install {package}"):
-        Metrics(tmp_path, MetricsConfig(**{service: True}), {})
+        Metrics(tmp_path, dataclasses.replace(MetricsConfig(), **{service: True}), {})  # pyright: ignore[reportArgumentType]
 
 
 def test_the_plot_is_drawn_from_the_file(tmp_path: Path) -> None:
@@ -137,7 +138,8 @@ def test_the_feed_keeps_order_state_and_errors() -> None:
             return super().__next__()
 
     feed = Feed(Ending(batches))
-    next(feed), next(feed)
+    for _ in range(2):
+        next(feed)
     for _ in range(2):
         with pytest.raises(TrainingError, match="too many bad records"):
             next(feed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], subproc
 def rest(process: subprocess.Popen[str]) -> tuple[str, str]:
     """Everything it still prints. (Not `communicate`, which would lose what the file objects have read ahead.)"""
     assert process.stdout is not None and process.stderr is not None
-    out, errors = process.stdout.read(), process.stderr.read()
+    with process.stdout, process.stderr:
+        out, errors = process.stdout.read(), process.stderr.read()
     process.wait(timeout=60)
     return out, errors
 
@@ -113,12 +115,21 @@ def test_sigterm_saves_and_the_run_goes_on(launch, undisturbed: str, tmp_path: P
     assert finish(launch(run))[0] == undisturbed
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+@pytest.fixture(scope="module")
+def six_steps(launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoints of steps 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("six") / "run"
+    finish(launch(run, steps=6))
+    return run
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped", pytest.param("cut", marks=pytest.mark.slow), pytest.param("gone", marks=pytest.mark.slow)]
+)
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
-    launch, undisturbed: str, tmp_path: Path, damage: str
+    launch, undisturbed: str, six_steps: Path, tmp_path: Path, damage: str
 ) -> None:
-    run = tmp_path / "run"
-    finish(launch(run, steps=6))  # checkpoints of 2, 4, 6
+    run = shutil.copytree(six_steps, tmp_path / "run")
     newest = run / "checkpoints" / "6"
     data = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = data.read_bytes()
@@ -135,10 +146,10 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     assert line == undisturbed
 
 
-def test_all_checkpoints_damaged_is_an_error_not_a_new_start(launch, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    finish(launch(run, steps=2))
-    (run / "checkpoints" / "2" / "loop").rename(tmp_path / "loop")
+def test_all_checkpoints_damaged_is_an_error_not_a_new_start(launch, six_steps: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(six_steps, tmp_path / "run")
+    for step in (2, 4, 6):
+        (run / "checkpoints" / str(step) / "loop").rename(tmp_path / str(step))
     process = launch(run)
     _, errors = rest(process)
-    assert process.returncode == 1 and "all 1 checkpoints are damaged" in errors
+    assert process.returncode == 1 and "all 3 checkpoints are damaged" in errors

@@ -51,6 +51,10 @@ def make_step(model: Any, optimizer: OptimizerConfig = OPTIMIZER, **options: Any
     return make_train_step(model, make_optimizer(optimizer), rate, optimizer=optimizer, **options)
 
 
+def compilations(step: Any) -> int:
+    return step._cache_size()
+
+
 @pytest.fixture(scope="module")
 def plain_step(model: Any) -> Step:
     """The step without options; tests share its compilations."""
@@ -205,7 +209,7 @@ def test_fifty_mixed_batches_compile_once(model: Any) -> None:
     for batch in training.mixed_batches(SMALL, 50):
         state, metrics = step(state, batch)
         losses.append(metrics["loss"])
-    assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert compilations(step) == 1
     assert np.all(np.isfinite(jax.device_get(losses)))
     assert int(state.step) == 50
 
@@ -293,7 +297,7 @@ def test_a_mesh_gives_the_same_step(model: Any, plain_step: Step) -> None:
             if int(state.step) == 1:
                 for key in ("loss", "grad_norm"):
                     assert relative(metrics[key], one[key]) <= tolerances.CURVE
-        assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+        assert compilations(step) == 1
     for tree in (state.params, state.opt_state[0].mu, state.opt_state[0].nu):
         for path, leaf in flatten(tree).items():
             wanted = partition_spec(path, leaf.shape, mesh)

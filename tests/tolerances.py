@@ -32,3 +32,6 @@ CURVE = 1e-4
 
 SAME_LOSS = 1e-5
 """Largest relative difference of losses that should be equal: packed or not, accumulated or not, chunked or not, remat or not."""
+
+GREY_LEVELS = 2
+"""Largest difference of a processed pixel from transformers' torchvision resize, of 255: two roundings, one per pass."""

@@ -1,10 +1,9 @@
-"""`python -m train CONFIG.yaml [--dotted.key value]`, `python -m train plot RUN`, `python -m train export RUN DST`."""
+"""`python -m train CONFIG.yaml [--dotted.key value]`, and the commands `plan`, `plot` and `export`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,12 @@ from qvlmoe_jax.errors import QvlmoeError
 
 USAGE = """usage: python -m train CONFIG.yaml [--dotted.key value ...]     train, or go on where the run was stopped
        python -m train plot RUN                                draw RUN/curves.png from its metrics
+       python -m train plan CONFIG.yaml --topology v5p:4x4x4   compile the step for TPUs that are not here: memory, wire, time
        python -m train export RUN|RUN/checkpoints/STEP DST [--dtype bfloat16]    write a Hugging Face directory
 
 Every key of the config can be set on the command line, e.g. --optimizer.learning_rate 1e-4 --steps 200 --profile TRACE_DIR.
-Exit status: 0 done, 2 an error of yours (one line on stderr), 130 interrupted, 143 stopped by SIGTERM after saving."""
+Exit status: 0 done, 1 the plan does not fit, 2 an error of yours (one line on stderr), 130 interrupted, 143 stopped by SIGTERM
+after saving."""
 
 STOPPED = 143  # 128 + SIGTERM, what a shell reports for a program ended by it
 
@@ -25,21 +26,14 @@ class UsageError(QvlmoeError):
     """The command line itself is wrong."""
 
 
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "qvlmoe_jax" / "xla"))
-
-
 def _train(arguments: Sequence[str]) -> int:
     from train.config import load_config
 
     config = load_config(arguments[0], arguments[1:])
-    _use_compilation_cache()
+    from qvlmoe_jax.compilation import persistent_cache
     from train.loop import train
+
+    persistent_cache()
 
     state = train(config)
     return 0 if int(state.step) >= config.steps else STOPPED
@@ -52,6 +46,38 @@ def _plot(arguments: Sequence[str]) -> int:
 
     print(plot(arguments[0]))
     return 0
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train plan", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("--topology", help="kind:AxB[xC] of v4, v5e, v5p, v6e, tpu7x; v5p:4x4x4 is 64 chips")
+    parser.add_argument("--dataset-tokens", type=float, help="also say how long one pass over so many text tokens takes")
+    parser.add_argument("--sweep", action="store_true", help="try meshes, remat and batch sizes; print the best that fits")
+    parser.add_argument("--programs", type=int, default=4, help="how many programs a sweep compiles at most")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
+    try:
+        options, overrides = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error}; see python -m train plan --help") from None
+    if options.topology is None:
+        raise UsageError("plan needs --topology, such as v5p:4x4x4; see python -m train plan --help")
+    from train import topology
+
+    chosen = topology.Topology.parse(options.topology)
+    topology.prepare_environment()
+    from train.config import load_config
+
+    config = load_config(options.config, overrides)
+    from train import plan
+
+    made = plan.sweep(config, chosen, programs=options.programs) if options.sweep else plan.make_plan(config, chosen)
+    if made is None:
+        return 1
+    print(plan.report(made, options.dataset_tokens))
+    if options.json is not None:
+        plan.write_json(made, options.json)
+    return 0 if made.fits else 1
 
 
 def _export(arguments: Sequence[str]) -> int:
@@ -78,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    command = {"plot": _plot, "export": _export}.get(arguments[0])
+    command = {"plan": _plan, "plot": _plot, "export": _export}.get(arguments[0])
     try:
         return _train(arguments) if command is None else command(arguments[1:])
     except ModuleNotFoundError as error:

@@ -208,6 +208,5 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        return ocp.training.Checkpointer(
-            str(self.directory), preservation_policy=_POLICIES.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-        )
+        policy: Any = _POLICIES.AnyPreservationPolicy(keep)
+        return ocp.training.Checkpointer(str(self.directory), preservation_policy=policy, cleanup_tmp_directories=True)

@@ -1,19 +1,20 @@
 """Next-token cross entropy in chunks of columns, so that the logits of a whole batch never exist.
 
-B rows, T columns, D hidden, V vocabulary, X context shards, N chunks, C columns per chunk.
+B rows, T columns, D hidden, V vocabulary, N chunks, C tokens per chunk.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.batch import IGNORED_LABEL
-from qvlmoe_jax.sharding import BATCH, active_mesh, constrain
+from qvlmoe_jax.collectives import axes_of, gather
+from qvlmoe_jax.sharding import BATCH, VOCAB, active_mesh, fit
 
 
 @jax.tree_util.register_dataclass
@@ -55,47 +56,68 @@ def token_logits(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
     return jnp.einsum("...D,DV->...V", hidden, head_DV, preferred_element_type=jnp.float32, precision=precision)
 
 
-def _losses(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array) -> TokenLosses:
+def _losses(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array, vocab_axis: str | None) -> TokenLosses:
+    """Losses of one chunk. With `vocab_axis`, this device holds one part of the vocabulary and the parts are combined."""
     logits = token_logits(hidden, head_DV)
-    logits = constrain(logits, BATCH, *([None] * (logits.ndim - 2)), "tensor")
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    likeliest = jax.lax.stop_gradient(picked >= jnp.max(logits, axis=-1)).astype(jnp.float32)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    own = jnp.maximum(targets, 0)
+    if vocab_axis is None:
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0]
+    else:
+        top = jax.lax.pmax(top, vocab_axis)
+        log_z = top + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocab_axis))
+        own = own - jax.lax.axis_index(vocab_axis) * logits.shape[-1]
+        here = (own >= 0) & (own < logits.shape[-1])
+        picked = jnp.take_along_axis(logits, jnp.where(here, own, 0)[..., None], axis=-1)[..., 0]
+        picked = jax.lax.psum(jnp.where(here, picked, 0), vocab_axis)
+    likeliest = jax.lax.stop_gradient(picked >= top).astype(jnp.float32)
     values = TokenLosses(log_z - picked, jnp.square(log_z), likeliest)
     return jax.tree.map(lambda v: jnp.where(targets >= 0, v, 0), values)
 
 
-def token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int) -> TokenLosses:
-    """Losses of every column; the backward pass recomputes a chunk's logits instead of keeping them.
-
-    Columns are cut, not rows, and inside each context shard, so a chunk is spread over the mesh as the batch is.
-
-    Args:
-      targets_BT: from `next_tokens`.
-      chunk_tokens: tokens per batch shard and chunk, rounded to whole columns (at least one).
-    """
-    B, T, _ = hidden_BTD.shape
-    mesh = active_mesh()
-    sizes = {} if mesh is None else dict(mesh.shape)
-    X = sizes.get("context", 1) if T % sizes.get("context", 1) == 0 else 1
-    shards = math.prod(sizes.get(axis, 1) for axis in BATCH)
-    columns = max(1, chunk_tokens // max(1, B // shards))
-    N = -(-(T // X) // columns)
+def _chunked(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk_tokens: int, vocab_axis: str | None
+) -> TokenLosses:
+    """Losses of one device's tokens, `chunk_tokens` at a time; the backward pass recomputes a chunk's logits."""
+    B, T, D = hidden_BTD.shape
+    hidden, targets = hidden_BTD.reshape(B * T, D), targets_BT.reshape(B * T)
+    N = -(-B * T // chunk_tokens)
     if N == 1:
-        return _losses(hidden_BTD, head_DV, targets_BT)
-    C = -(-(T // X) // N)
-    pad = N * C - T // X
-
-    def cut(array: jax.Array, fill: int) -> jax.Array:
-        array = array.reshape(B, X, T // X, *array.shape[2:])
-        array = jnp.pad(array, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 3), constant_values=fill)
-        return jnp.moveaxis(array.reshape(B, X, N, C, *array.shape[3:]), 2, 0)
-
-    def joined(array_NBXC: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array_NBXC, 0, 2).reshape(B, X, N * C)[:, :, : T // X].reshape(B, T)
+        losses = _losses(hidden, head_DV, targets, vocab_axis)
+        return jax.tree.map(lambda v: v.reshape(B, T), losses)
+    C = -(-B * T // N)
+    pad = N * C - B * T
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(N, C, D)
+    targets = jnp.pad(targets, (0, pad), constant_values=IGNORED_LABEL).reshape(N, C)
 
     @jax.checkpoint
     def chunk(inputs: tuple[jax.Array, jax.Array]) -> TokenLosses:
-        return _losses(inputs[0], head_DV, inputs[1])
+        return _losses(inputs[0], head_DV, inputs[1], vocab_axis)
 
-    return jax.tree.map(joined, jax.lax.map(chunk, (cut(hidden_BTD, 0), cut(targets_BT, IGNORED_LABEL))))
+    return jax.tree.map(lambda v: v.reshape(N * C)[: B * T].reshape(B, T), jax.lax.map(chunk, (hidden, targets)))
+
+
+def token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int) -> TokenLosses:
+    """Losses of every column; the logits of at most about `chunk_tokens` tokens per device exist at a time.
+
+    On a mesh the head is gathered once for all chunks and its gradient reduce-scattered once; over `tensor` the vocabulary
+    stays split.
+
+    Args:
+      targets_BT: from `next_tokens`.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return _chunked(hidden_BTD, head_DV, targets_BT, chunk_tokens, None)
+    rows = fit((BATCH, "context", None), hidden_BTD.shape, mesh)
+    head = fit((None, VOCAB), head_DV.shape, mesh)
+    vocab_axis = "tensor" if "tensor" in axes_of(head[1]) else None
+
+    def local(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array) -> TokenLosses:
+        return _chunked(hidden, gather(head_DV, head), targets, chunk_tokens, vocab_axis)
+
+    columns = P(*rows[:2])
+    return jax.shard_map(local, in_specs=(rows, head, columns), out_specs=columns, check_vma=False)(
+        hidden_BTD, head_DV, targets_BT
+    )

@@ -98,8 +98,8 @@ def decays(params: Mapping[str, Any]) -> dict[str, Any]:
     return nest({p: not (p.endswith("/bias") or "norm" in p.split("/")[-2]) for p in flatten(params)})
 
 
-def muon_dims(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`MuonDimensionNumbers` of each parameter; None where Adam is used. Leaves that optax masked stay masked."""
+def muon_dims(params: Any) -> Any:
+    """`MuonDimensionNumbers` of each parameter of a nested dict; None where Adam is used. Masked leaves stay masked."""
 
     def of(path: str, leaf: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
@@ -117,7 +117,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Muon on the matrices, Adam on the rest. Updates are scaled by 0.2 * sqrt(larger side) (arXiv 2502.16982), the size of
     AdamW's, so AdamW's learning rates and weight decay carry over."""
 
-    def match_rms(updates: Mapping[str, Any], params: Any = None) -> dict[str, Any]:
+    def match_rms(updates: Any, params: Any = None) -> Any:
         del params
         dims = flatten(muon_dims(updates))
 

@@ -23,7 +23,8 @@ from train.optim import join
 from train.state import TrainState, state_shardings
 
 Metrics = dict[str, Any]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = jax.stages.Wrapped
+"""`(state, batch) -> (state, metrics)`, jitted."""
 
 
 def forward_losses(

@@ -1,0 +1,105 @@
+"""Products with sharded weights, their collectives stated: gather the weight over FSDP, reduce-scatter its gradient.
+
+Left to the partitioner, a gradient is all-reduced whole and then cut (13 GB more on the wire per step of the 30B). Inside
+`jax.shard_map`, `all_gather` transposes to the reduce-scatter it should be. Only the FSDP axes are gathered; `tensor` stays
+split, and a product that contracts it is summed over it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from qvlmoe_jax.sharding import BATCH, FSDP, active_mesh, fit, partition_spec
+
+
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def fsdp_axes(entry: Any) -> tuple[str, ...]:
+    """Those of them that are there to save memory, and are gathered before use."""
+    return tuple(axis for axis in axes_of(entry) if axis in FSDP)
+
+
+def gather(w: jax.Array, spec: P) -> jax.Array:
+    """`w` with its FSDP axes gathered; inside `shard_map`. The gradient is reduce-scattered.
+
+    One axis after the other, the minor one first: the bytes are those of one gather over both, which the TPU compiler would turn
+    into an all-reduce of twice the bytes (libtpu 0.0.50).
+    """
+    for dim, entry in enumerate(spec):
+        for axis in reversed(fsdp_axes(entry)):
+            w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
+    return w
+
+
+def _rows_cover(rows: Any, spec: P, mesh: Any) -> bool:
+    """Whether the rows are split over every axis the weight is gathered over: else each copy would do the same work."""
+    return {axis for entry in spec for axis in fsdp_axes(entry)} <= set(axes_of(rows)) and mesh.size > 1
+
+
+def placed_einsum(equation: str, x: jax.Array, w: jax.Array, place: str, product: Any) -> jax.Array:
+    """`product(equation, x, w)` with the weight of the sharding table's path `place`.
+
+    Dim 0 of x is spread as batch rows are, a dim T as text columns, and a dim that the table splits over `tensor` likewise.
+    A weight longer than x has rows (a decoding step) is left to the partitioner: moving x is then cheaper than gathering w.
+    """
+    mesh = active_mesh()
+    inputs, output = equation.split("->")
+    x_letters, w_letters = inputs.split(",")
+    if mesh is None or math.prod(x.shape[:2]) < w.shape[0]:
+        return product(equation, x, w)
+    if x_letters.startswith("..."):
+        lead = "RP"[: x.ndim - len(x_letters) + 3]
+        x_letters, output = x_letters.replace("...", lead), output.replace("...", lead)
+        equation = f"{x_letters},{w_letters}->{output}"
+    w_spec = partition_spec(place, w.shape, mesh)
+    tensor = {letter: "tensor" for letter, entry in zip(w_letters, w_spec, strict=True) if "tensor" in axes_of(entry)}
+    split = {x_letters[0]: BATCH, "T": "context", **tensor}
+    x_spec = fit([split.get(letter) for letter in x_letters], x.shape, mesh)
+    if not _rows_cover(x_spec[0], w_spec, mesh):
+        return product(equation, x, w)
+    of = {**dict(zip(x_letters, x_spec, strict=True)), **tensor}
+    contracted = any(letter not in output for letter in tensor)
+
+    def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = product(equation, x, gather(w, w_spec))
+        return jax.lax.psum(y, "tensor") if contracted else y
+
+    return jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=P(*(of.get(letter) for letter in output)))(x, w)
+
+
+def placed_lookup(table_VD: jax.Array, ids_BT: jax.Array, place: str) -> jax.Array:
+    """`table[ids]`, `[B,T,...,D]`: each device looks up its own ids in the gathered table.
+
+    Over `tensor` the vocabulary stays split: a device answers for its part and the parts are summed.
+    """
+    mesh = active_mesh()
+
+    def plain(table: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.take(table, ids, axis=0, mode="clip")
+
+    if mesh is None or ids_BT.ndim < 2:
+        return plain(table_VD, ids_BT)
+    spec = partition_spec(place, table_VD.shape, mesh)
+    ids_spec = fit((BATCH, "context") if place.startswith("embed") else (BATCH, None), ids_BT.shape[:2], mesh)
+    # Gathering the table costs its V rows; a lookup of fewer ids (a decoding step) is cheaper as the partitioner does it.
+    if not _rows_cover(ids_spec[0], spec, mesh) or math.prod(ids_BT.shape[:2]) < table_VD.shape[0] // 8:
+        return plain(table_VD, ids_BT)
+
+    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
+        table = gather(table, spec)
+        if "tensor" not in axes_of(spec[0]):
+            return plain(table, ids)
+        own = ids - jax.lax.axis_index("tensor") * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        return jax.lax.psum(jnp.where(here[..., None], plain(table, own), 0), "tensor")
+
+    rest = (None,) * (ids_BT.ndim - 2)
+    return jax.shard_map(local, in_specs=(spec, P(*ids_spec, *rest)), out_specs=P(*ids_spec, *rest, None))(table_VD, ids_BT)

@@ -1,0 +1,162 @@
+"""Products, lookups, losses and splash attention whose collectives are stated: the same numbers on every mesh, and no all-reduce
+where a reduce-scatter would do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from qvlmoe_jax.attention import attention
+from qvlmoe_jax.backend import BackendConfig
+from qvlmoe_jax.collectives import placed_einsum, placed_lookup
+from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.layers import einsum
+from qvlmoe_jax.sharding import fit, make_mesh, partition_spec
+from qvlmoe_jax.splash import splash_attention
+from tests import tolerances
+from train.loss import token_losses
+
+MESHES = [
+    {"fsdp": 4, "expert": 2},
+    {"tensor": 2, "fsdp": 2, "expert": 2},
+    {"tensor": 2, "context": 2, "fsdp": 2},
+    {"data": 2, "context": 4},
+]
+by_mesh = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "_".join(f"{a}{n}" for a, n in sizes.items()))
+ATTENTION = "BTD,DNH->BTNH", (16, 4, 6), "layers/self_attn/q_proj/weight"
+OUTPUT = "BTNH,NHD->BTD", (4, 6, 16), "layers/self_attn/o_proj/weight"
+MERGER = "...D,DF->...F", (16, 24), "merger/linear_fc1/weight"
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def compare(f: Callable[..., jax.Array], sizes: dict[str, Any], *arguments: jax.Array) -> None:
+    """Value and gradients of `f`, projected on a random direction, with and without the mesh."""
+
+    def scalar(*arguments: jax.Array) -> jax.Array:
+        y = f(*arguments)
+        return jnp.sum(y * normal(9, *y.shape))
+
+    gradient = jax.value_and_grad(scalar, tuple(range(len(arguments))))
+    expected = jax.jit(gradient)(*arguments)
+    with jax.set_mesh(make_mesh(**sizes)):
+        found = jax.jit(gradient)(*arguments)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerances.MODULE, atol=tolerances.MODULE * float(jnp.max(jnp.abs(a))))
+
+
+@by_mesh
+@pytest.mark.parametrize("equation, shape, place", [ATTENTION, OUTPUT, MERGER], ids=["q_proj", "o_proj", "merger"])
+def test_products_agree(sizes: dict[str, Any], equation: str, shape: tuple[int, ...], place: str) -> None:
+    inputs = (8, 8, 4, 6) if equation.startswith("BTNH") else (8, 8, 16)
+    compare(lambda x, w: placed_einsum(equation, x, w, place, einsum), sizes, normal(0, *inputs), normal(1, *shape))
+
+
+@by_mesh
+def test_lookups_agree(sizes: dict[str, Any]) -> None:
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (8, 8)))
+    compare(lambda table: placed_lookup(table, ids, "embed_tokens/weight"), sizes, normal(1, 32, 6))
+
+
+@by_mesh
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_losses_agree(sizes: dict[str, Any], chunk: int) -> None:
+    targets = jnp.asarray(np.random.default_rng(0).integers(-5, 32, (8, 8)))
+    targets = jnp.where(targets < 0, -100, targets)
+
+    def sums(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        losses = token_losses(hidden, head, targets, chunk_tokens=chunk)
+        return jnp.stack([losses.cross_entropy, losses.log_z_squared, losses.correct])
+
+    compare(sums, sizes, normal(0, 8, 8, 6), normal(1, 6, 32))
+
+
+def all_reduced(product: Callable[..., jax.Array]) -> float:
+    """Numbers all-reduced by the weight gradient of `product` over fsdp."""
+    mesh = make_mesh(fsdp=4, expert=2)
+    place = ATTENTION[2]
+    with jax.set_mesh(mesh):
+        w = normal(1, 16, 4, 6)
+        placed = NamedSharding(mesh, partition_spec(place, w.shape, mesh))
+        x = jax.device_put(normal(0, 8, 8, 16), NamedSharding(mesh, fit((("fsdp", "expert"), None, None), (8, 8, 16), mesh)))
+        step = jax.jit(jax.grad(lambda w, x: jnp.sum(product(x, w) ** 2)), out_shardings=placed)
+        text = step.lower(jax.device_put(w, placed), x).compile().as_text() or ""
+    shapes = re.findall(r"= f32\[([\d,]*)\]\S* all-reduce\(", text)
+    return sum(float(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
+
+
+def test_gradients_are_reduce_scattered() -> None:
+    equation, _, place = ATTENTION
+    assert all_reduced(lambda x, w: placed_einsum(equation, x, w, place, einsum)) == 0
+
+
+def test_the_partitioner_alone_all_reduces() -> None:
+    """Why the collectives are stated: without that, this would be the program."""
+    assert all_reduced(lambda x, w: einsum(ATTENTION[0], x, w)) > 0
+
+
+def test_a_decoding_step_is_left_to_the_partitioner() -> None:
+    equation, shape, place = ATTENTION
+    with jax.set_mesh(make_mesh(fsdp=8)):
+        step = jax.jit(lambda x, w: placed_einsum(equation, x, w, place, einsum))
+        assert "shard_map" not in str(step.trace(normal(0, 8, 1, 16), normal(1, *shape)).jaxpr)
+        assert "shard_map" in str(step.trace(normal(0, 8, 2, 16), normal(1, *shape)).jaxpr)
+
+
+SEGMENTS = jnp.asarray(np.repeat([[1, 2, 3, 3, 0], [1, 1, 1, 2, 2]], 26, axis=1))
+
+
+def both_attentions(sizes: dict[str, Any] | None, *, causal: bool, heads: tuple[int, int], width: int) -> list[tuple[Any, Any]]:
+    """Outputs and gradients at columns that hold tokens: `dense`, and splash in interpret mode."""
+    T = SEGMENTS.shape[1]
+    q, k, v = (normal(i, 2, T, n, width) for i, n in enumerate((heads[0], heads[1], heads[1])))
+    weight = normal(7, 2, T, heads[0], width) * (SEGMENTS > 0)[..., None, None]
+
+    def dense(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, segment_ids=SEGMENTS, causal=causal, backend=BackendConfig(attention="dense"))
+
+    def splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return splash_attention(q, k, v, q_segments=SEGMENTS, kv_segments=SEGMENTS, causal=causal, interpret=True)
+
+    def run(f: Any) -> Any:
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weight), (0, 1, 2)))(q, k, v)
+
+    expected = run(dense)
+    if sizes is None:
+        return list(zip(jax.tree.leaves(expected), jax.tree.leaves(run(splash)), strict=True))
+    with jax.set_mesh(make_mesh(**sizes)):
+        return list(zip(jax.tree.leaves(expected), jax.tree.leaves(run(splash)), strict=True))
+
+
+@pytest.mark.parametrize(
+    "sizes, causal, heads, width",
+    [
+        (None, True, (4, 2), 32),
+        (None, False, (2, 2), 72),  # the vision tower's head dim, padded to 128
+        ({"context": 2, "tensor": 4}, True, (4, 2), 16),  # more tensor shards than kv heads
+        ({"fsdp": 2, "context": 2, "tensor": 2}, True, (4, 2), 16),
+    ],
+    ids=["text", "vision", "kv heads replicated", "fsdp context tensor"],
+)
+def test_splash_is_dense_attention(sizes: dict[str, Any] | None, causal: bool, heads: tuple[int, int], width: int) -> None:
+    for dense, splash in both_attentions(sizes, causal=causal, heads=heads, width=width):
+        np.testing.assert_allclose(dense, splash, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.max(jnp.abs(dense)))))
+
+
+def test_splash_is_what_auto_means_on_tpu() -> None:
+    assert BackendConfig().resolve("tpu").attention == "splash"
+    assert BackendConfig().resolve("tpu").experts == "ragged_dot"
+    assert BackendConfig().resolve("cpu").attention == "auto"
+    assert BackendConfig(attention="chunked").resolve("tpu").attention == "chunked"
+    assert BackendConfig(attention="splash").attention_kernel(1024) == "chunked"  # a chunk of a prefill
+    with pytest.raises(ConfigError, match="splash"):
+        BackendConfig(attention="flash")  # pyright: ignore[reportArgumentType]

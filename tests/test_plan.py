@@ -1,0 +1,271 @@
+"""The planner's parts without a TPU compiler: reading HLO text, the least on the wire, the roofline, the command's refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from qvlmoe_jax import Qwen3VLMoeConfig, make_mesh
+from tests import tiny, training
+from train import __main__ as command
+from train import aot, hlo, plan, roofline, topology, wire, work
+from train.config import TrainConfig, load_config
+from train.config_tree import plain
+from train.errors import TrainingError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+MESH = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
+
+PROGRAM = """HloModule jit_train_step, is_scheduled=true
+
+%body.1 (p: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %p = (s32[], bf16[64,32]{1,0:T(8,128)(2,1)}) parameter(0)
+  %ag.1 = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=[2,4]<=[4,2]T(1,0), metadata={op_name="f/layer/gather"}
+  %kernel = f32[8]{0} custom-call(%y), backend_config={"text": "
+} // a line of the kernel that begins with a brace
+  %fake = f32[] all-reduce-like
+"}
+  ROOT %t = (s32[], bf16[64,32]{1,0}) tuple(%p, %ag.1)
+}
+
+%wrapped (a: s32[], b: s32[]) -> pred[] {
+  %c = s32[] constant(7)
+  ROOT %lt = pred[] compare(%a, %c), direction=LT
+}
+
+%condition.1 (p: (s32[], bf16[64,32])) -> pred[] {
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %f = pred[] fusion(%i), kind=kLoop, calls=%wrapped
+}
+
+%outer_body (p: (s32[])) -> (s32[]) {
+  %w = (s32[], bf16[64,32]) while(%p), condition=%condition.1, body=%body.1
+}
+
+%outer_condition (p: (s32[])) -> pred[] {
+  %c = s32[]{:T(128)} constant(3)
+}
+
+%scatter (p: bf16[64,32]) -> bf16[8,32] {
+  ROOT %rs = bf16[8,32]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%cheap (p: f32[]) -> f32[] {
+  ROOT %ar = f32[] all-reduce(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+}
+
+%dear (p: f32[]) -> f32[100] {
+  ROOT %ar = (f32[100]{0}, /*index=1*/f32[25]{0}) all-reduce(%p, %q), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+}
+
+ENTRY %main.2 (p: f32[8]) -> f32[8] {
+  %loop = (s32[], bf16[64,32]) while(%t), condition=%outer_condition, body=%outer_body
+  %start = ((bf16[64,32]), bf16[8,32], u32[]) async-start(%a), calls=%scatter
+  %done = bf16[8,32] async-done(%start)
+  %ags = (bf16[16,32], bf16[64,32]) all-gather-start(%b), replica_groups=mesh['fsdp'=4,'expert'=2] {'fsdp'}, dimensions={0}
+  %agd = bf16[64,32]{1,0} all-gather-done(%ags)
+  %cond = f32[] conditional(%pred, %p, %p), branch_computations={%cheap, %dear}
+  ROOT %perm = f32[8]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run() -> None:
+    found = {(one.kind, one.axes, one.times): one for one in hlo.collectives(PROGRAM, MESH)}
+    whole = 64 * 32 * 2
+    assert {key: one.wire_bytes for key, one in found.items()} == {
+        ("all-gather", ("fsdp",), 21): 21 * whole * 3 / 4,  # 7 times inside 3 times
+        ("reduce-scatter", ("fsdp", "expert"), 1): 8 * 32 * 2 * 7,
+        ("all-gather", ("fsdp",), 1): whole * 3 / 4,
+        ("all-reduce", ("expert",), 1): 2 * 500 / 2,  # the dearer branch
+        ("collective-permute", ("expert",), 1): 32,
+    }
+    assert found["all-gather", ("fsdp",), 21].scope == "f/layer/gather"
+    assert hlo.by_kind(list(found.values()))["all-gather", ("fsdp",)] == 22 * whole * 3 / 4
+
+
+@pytest.mark.parametrize(
+    "text, axes, size",
+    [
+        ("replica_groups=mesh['fsdp'=4,'expert'=2] {'expert'}", ("expert",), 2),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, use_global", ("fsdp", "expert"), 8),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", ("fsdp",), 4),
+        ("replica_groups=[4,2]<=[8]", ("expert",), 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ("fsdp",), 4),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", ("fsdp",), 4),
+        ("replica_groups={}", ("fsdp", "expert"), 8),
+    ],
+)
+def test_groups_in_every_spelling(text: str, axes: tuple[str, ...], size: int) -> None:
+    assert hlo.groups(text, MESH) == (axes, size)
+
+
+def step_config(tmp_path: Path, mesh: dict[str, int], **changes: Any) -> TrainConfig:
+    """A small model and step whose shapes every mesh axis of 2 and 4 divides."""
+    described = tiny.variant(training.SMALL, text_config={"vocab_size": 256})
+    data = {
+        "sources": [{"path": "unused.jsonl"}],
+        "sequence_length": 256,
+        "batch_rows": 8,
+        "vision_groups": 8,
+        "row_patches": 256,
+    }
+    directory = training.write_model(tmp_path / "model", described)
+    backend = {"remat": "full", "attention": "chunked", "attention_chunk": 64}
+    return training.make_config(tmp_path / "run", directory, mesh=mesh, data=data, backend=backend, **changes)
+
+
+def compiled(config: TrainConfig) -> tuple[aot.Program, list[hlo.Collective], list[wire.Term]]:
+    sizes = plain(config.mesh)
+    program = aot.compile_step(config, make_mesh(**sizes), platform="cpu")
+    return program, hlo.collectives(program.hlo, sizes), wire.least(config, aot.model_config(config), 1)
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 4, "expert": 2}, pytest.param({"fsdp": 8}, marks=pytest.mark.slow)], ids=["fsdp expert", "fsdp"]
+)
+def test_the_compiled_step_sends_little_more_than_the_least(tmp_path: Path, mesh: dict[str, int]) -> None:
+    config = step_config(tmp_path, mesh)
+    program, sent, least = compiled(config)
+    total, minimum = sum(one.wire_bytes for one in sent), sum(term.bytes for term in least)
+    assert 0.95 * minimum <= total <= 1.15 * minimum, (hlo.by_kind(sent), least)
+    assert program.memory["arguments"] > 0
+    reduced = [one for one in sent if one.kind == "all-reduce" and "context" not in one.axes]
+    assert sum(one.wire_bytes for one in reduced) < 0.05 * total  # scalars, norms and biases
+
+
+def test_the_least_by_hand(tmp_path: Path) -> None:
+    config = step_config(tmp_path, {"fsdp": 4, "expert": 2})
+    model = aot.model_config(config)
+    terms = {(term.what, term.axes): term.bytes for term in wire.least(config, model, 1)}
+    text = model.text_config
+    D, E, F, L = text.hidden_size, text.num_experts, text.moe_intermediate_size, text.num_hidden_layers
+    experts = L * E * 3 * D * F * 4 / 2  # float32; half of them on this device once gathered over fsdp
+    assert terms["experts gathered", ("fsdp",)] == pytest.approx(2 * experts * 3 / 4)
+    assert terms["experts' gradients scattered", ("fsdp",)] == pytest.approx(experts * 3 / 4)
+    assert terms["tokens to experts", ("expert",)] == 5 * L * 256 * D * 4
+    frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze=("experts",)))
+    assert ("experts' gradients scattered", ("fsdp",)) not in {(t.what, t.axes) for t in wire.least(frozen, model, 1)}
+
+
+def test_roofline_arithmetic() -> None:
+    v5p = topology.Topology.parse("v5p:4x4x4")
+    e = roofline.estimate(roofline.Work(459e12, 2 * 459e12, 2765e9 / 2, 600e9), v5p)
+    assert (e.compute, e.hbm, e.ici_fast, e.ici_slow) == pytest.approx((2, 0.5, 1, 3))
+    assert (e.best, e.worst, e.binding) == (pytest.approx(2), pytest.approx(5.5), "compute")
+    assert (e.mfu_best, e.mfu_worst) == pytest.approx((0.5, 1 / 5.5))
+    v6e = topology.Topology.parse("v6e:8x8")  # 8 does not wrap around on v6e: half the links of one side
+    assert roofline.estimate(roofline.Work(1, 1, 1, 400e9), v6e).ici_slow == pytest.approx(4)
+    tpu7x = topology.Topology.parse("tpu7x:4x4x4")  # a chip is two devices
+    assert tpu7x.devices == 128
+    assert roofline.estimate(roofline.Work(1, 2307e12 / 2, 1, 1), tpu7x).compute == pytest.approx(1)
+
+
+def test_published_runs_stand_beside_the_formula() -> None:
+    assert len(roofline.RUNS) == 7
+    for run in roofline.RUNS:
+        c = roofline.calibrate(run)
+        assert c.gap == pytest.approx(run.mfu / c.formula)
+        assert 0.2 < c.gap < 1, run.name  # the formula is never beaten by a measurement
+    assert roofline.gaps("v6e") == pytest.approx((0.329 / 0.75, 0.362 / 0.75))
+    assert roofline.gaps("v5e") == (min(roofline.calibrate(r).gap for r in roofline.RUNS), pytest.approx(0.537 / 0.75))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_their_topology(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    _, kind, sides = path.stem.split("-", 2)  # 30b-v6e-8x8
+    where = topology.Topology.parse(f"{kind}:{sides.replace('-', 'x')}")
+    config = load_config(path)
+    plan.check(config, where)
+    model = Qwen3VLMoeConfig.from_json(config.model.path)
+    assert (model.text_config.hidden_size, model.text_config.num_hidden_layers) == {"30b": (2048, 48), "235b": (4096, 94)}[
+        path.stem.split("-")[0]
+    ]
+    assert config.model.param_dtype == "float32" and config.optimizer.moment_dtype in (None, "float32")
+    todo = work.work(config, model, where.chips // 4, where.devices, 0.0)
+    tokens = work.full_counts(config, where.chips // 4).tokens
+    per_token = {"30b": 23.1e9, "235b": 148.3e9}[path.stem.split("-")[0]]  # text alone; the tower adds some
+    assert per_token < todo.model_flops * where.devices / tokens < 1.25 * per_token
+
+
+@pytest.mark.parametrize("name", ["v5p-128", "v5p:4x4", "v9:2x2", "v5e:2x0", "ironwood", ""])
+def test_unknown_topologies_are_refused(name: str) -> None:
+    with pytest.raises(TrainingError, match=r"expected a kind and the sides.*v5p:4x4x4"):
+        topology.Topology.parse(name)
+
+
+def test_a_mesh_of_another_size_is_refused() -> None:
+    config = load_config(CONFIGS / "30b-v6e-8x8.yaml")
+    with pytest.raises(TrainingError, match=r"fsdp=8, expert=8\) has 64 devices and v5e:2x2 has 4"):
+        plan.check(config, topology.Topology.parse("v5e:2x2"))
+
+
+def test_without_the_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(CONFIGS / "30b-v6e-8x8.yaml"), "--topology", "v6e:8x8"]
+    monkeypatch.setattr(topology, "missing", lambda: "libtpu is not installed")
+    assert command.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "libtpu is not installed, expected Python 3.12 or later with libtpu" in err
+    assert command.main(arguments[:2]) == 2
+    assert "--topology" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "version_info", (3, 11, 0))
+    assert topology.missing() == "Python 3.11 is too old for the compiler"
+
+
+def test_the_report_shows_every_part(tmp_path: Path) -> None:
+    config = step_config(tmp_path, {"fsdp": 4, "expert": 2})
+    model, where = aot.model_config(config), topology.Topology.parse("v5e:2x4")
+    program = aot.Program(PROGRAM, {k: 2.0**30 for k in ("arguments", "output", "temporaries", "program", "peak")}, 1.0, 1.0)
+    sent, least = hlo.collectives(PROGRAM, plain(config.mesh)), wire.least(config, model, 1)
+    todo = work.work(config, model, 1, 8, sum(one.wire_bytes for one in sent))
+    made = plan.Plan(config, model, where, 1, program, sent, least, roofline.estimate(todo, where))
+    text = plan.report(made, 1e9)
+    for part in (
+        "mesh fsdp=4 expert=2",
+        "fits: 1.00 of 15.25",
+        "bound by",
+        "Published runs",
+        "Data set of 1e+09 tokens",
+        "total",
+    ):
+        assert part in text
+    plan.write_json(made, tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
+    big = dataclasses.replace(made, program=dataclasses.replace(program, memory={**program.memory, "peak": 2.0**35}))
+    assert "DOES NOT FIT" in plan.report(big)
+
+
+def test_candidates_are_ranked_by_the_formula() -> None:
+    config = load_config(CONFIGS / "30b-v6e-8x8.yaml", ["--model.path", str(CONFIGS / "qwen3-vl-30b-a3b")])
+    ranked = plan.candidates(config, topology.Topology.parse("v6e:8x8"), 16)
+    assert [c.per_token for c in ranked] == sorted(c.per_token for c in ranked)
+    assert {c.config.mesh.expert for c in ranked} == {1, 2, 4, 8, 16, 32, 64}
+    assert {c.config.mesh.expert * c.config.mesh.fsdp for c in ranked} == {64}
+    assert {c.config.backend.remat for c in ranked} == {"full", "dots"}
+
+
+@pytest.mark.slow
+def test_a_tpu_program_is_compiled_and_read(tmp_path: Path) -> None:
+    if reason := topology.missing():
+        pytest.skip(f"no TPU compiler here: {reason}")
+    import subprocess
+
+    config = step_config(tmp_path, {"fsdp": 2, "expert": 2})
+    from train.config import dump_config
+
+    (tmp_path / "config.yaml").write_text(dump_config(dataclasses.replace(config, backend=type(config.backend)(remat="full"))))
+    arguments = ["plan", str(tmp_path / "config.yaml"), "--topology", "v5e:2x2", "--json", str(tmp_path / "plan.json")]
+    result = subprocess.run([sys.executable, "-m", "train", *arguments], capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert "fits" in result.stdout and "all-gather" in result.stdout
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["memory_bytes"]["peak"] > 0 and figures["collectives"]
+    assert jnp.isfinite(figures["roofline"]["best"])

@@ -1,0 +1,120 @@
+"""The least a step must send between devices, for the mesh, dispatch and recomputation its config chooses, by mesh axes.
+
+Beside it stands what the compiled program sends (`hlo`). Counted per device, on a ring: (n-1)/n of the whole for a gather or a
+reduce-scatter, twice that for an all-reduce. Scalars, biases' and norms' gradients included; token ids and masks are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from qvlmoe_jax import Qwen3VLMoeConfig, hf
+from qvlmoe_jax.collectives import axes_of, fsdp_axes
+from qvlmoe_jax.param_tree import flatten, nest
+from qvlmoe_jax.sharding import BATCH, fit, partition_spec
+from train.config import TrainConfig
+from train.config_tree import plain
+from train.optim import split_frozen
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reason to send: `what` moves over `axes`, `bytes` per device and step."""
+
+    what: str
+    axes: tuple[str, ...]
+    bytes: float
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """As much of a mesh as the sharding table reads."""
+
+    shape: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    shape: tuple[int, ...]
+
+
+def least(config: TrainConfig, model: Qwen3VLMoeConfig, processes: int) -> list[Term]:
+    """The terms of one step, largest first."""
+    sizes: dict[str, int] = plain(config.mesh)
+    mesh = MeshSizes(sizes)
+    sums: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+    for (what, axes), amount in [*_weights(config, model, mesh), *_tokens(config, model, mesh, processes)]:
+        axes = tuple(axis for axis in sizes if axis in axes and sizes[axis] > 1)
+        if axes and amount:
+            sums[what, axes] += amount
+    return sorted((Term(what, axes, amount) for (what, axes), amount in sums.items()), key=lambda term: -term.bytes)
+
+
+def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tuple[tuple[str, tuple[str, ...]], float]]:
+    """Gathering weights over FSDP and reducing gradients."""
+    sizes: Mapping[str, int] = mesh.shape
+    width = jnp.dtype(config.model.compute_dtype).itemsize
+    shapes = hf.param_shapes(model)
+    trained = set(flatten(split_frozen(nest({p: _Shape(s) for p, s in shapes.items()}), config.model.freeze)[0]))
+    terms: list[tuple[tuple[str, tuple[str, ...]], float]] = []
+    for path, shape in shapes.items():
+        spec = partition_spec(path, shape, mesh)
+        experts = "mlp/experts" in path
+        gathered = tuple(a for i, entry in enumerate(spec) for a in fsdp_axes(entry) if not (experts and a == "expert"))
+        held = [axis for entry in spec for axis in axes_of(entry)]
+        # what one device has in hand when it multiplies
+        whole = math.prod(shape) * width / math.prod(sizes[a] for a in held if a not in gathered)
+        n = math.prod(sizes[a] for a in gathered)
+        in_scan = "language_model/layers" in path or "visual/blocks" in path
+        gathers = 2 if in_scan and config.backend.remat != "none" else 1
+        reduced = 1 if path in trained else 0
+        name = "experts" if experts else "weights"
+        # one axis after the other, the minor one first; backward the other way round
+        for i, axis in enumerate(gathered):
+            part = whole / math.prod(sizes[a] for a in gathered[:i]) * (sizes[axis] - 1) / sizes[axis]
+            terms.append(((f"{name} gathered", (axis,)), config.data.accumulation * gathers * part))
+            terms.append(((f"{name}' gradients scattered", (axis,)), config.data.accumulation * reduced * part))
+        # axes that hold other tokens but the same weights
+        rest = [a for a in (*BATCH, "context") if a not in held and sizes[a] > 1]
+        m = math.prod(sizes[a] for a in rest)
+        terms.append(((f"{name}' gradients summed", tuple(rest)), reduced * 2 * whole / n * (m - 1) / m))
+    return terms
+
+
+def _tokens(
+    config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any, processes: int
+) -> list[tuple[tuple[str, tuple[str, ...]], float]]:
+    """Tokens to the experts and back, keys and values over context, partial sums over tensor."""
+    sizes: Mapping[str, int] = mesh.shape
+    text, data = model.text_config, config.data
+    width = jnp.dtype(config.model.compute_dtype).itemsize
+    rows, columns = data.batch_rows * processes, data.sequence_length
+    rows_spec, columns_spec = fit((BATCH, "context"), (rows, columns), mesh)
+    local = rows * columns / math.prod(sizes[a] for entry in (rows_spec, columns_spec) for a in axes_of(entry))
+    activations = config.data.accumulation * local * text.hidden_size * width
+    again = config.backend.remat != "none"
+    kinds = text.layer_kinds()
+    e, c, t = sizes["expert"], sizes["context"], sizes["tensor"]
+    heads = text.num_key_value_heads / (t if text.num_key_value_heads % t == 0 else 1)
+    keys = config.data.accumulation * local * heads * text.head_dim * 2 * width
+    return [
+        # forward: tokens gathered, results scattered; backward the same reversed; recomputing gathers the tokens once more
+        (("tokens to experts", ("expert",)), kinds.count("moe") * (5 if again else 4) * activations * (e - 1)),
+        (("keys and values", ("context",)), len(kinds) * (3 if again else 2) * keys * (c - 1)),
+        # two sums forward, two backward; recomputing repeats the first, the second's result is not needed again
+        (("partial sums", ("tensor",)), len(kinds) * (5 if again else 4) * 2 * activations * (t - 1) / t),
+    ]
+
+
+def by_axes(terms: list[Term]) -> dict[tuple[str, ...], float]:
+    """Sums over what moves."""
+    sums: dict[tuple[str, ...], float] = defaultdict(float)
+    for term in terms:
+        sums[term.axes] += term.bytes
+    return dict(sums)

@@ -1,0 +1,94 @@
+"""What one device does in a step, by formula: FLOPs the model needs, FLOPs executed, bytes through its memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from qvlmoe_jax import Qwen3VLMoeConfig, hf
+from qvlmoe_jax.collectives import axes_of, fsdp_axes
+from qvlmoe_jax.param_tree import flatten, nest
+from qvlmoe_jax.sharding import fit, partition_spec
+from train.config import TrainConfig
+from train.config_tree import plain
+from train.feed import Counts
+from train.flops import forward_flops, step_flops
+from train.optim import split_frozen
+from train.roofline import Work
+from train.wire import MeshSizes
+
+
+def full_counts(config: TrainConfig, processes: int) -> Counts:
+    """A step of full rows: each text row one document, each vision row one picture."""
+    data = config.data
+    rows = data.accumulation * data.batch_rows * processes
+    pictures = data.accumulation * data.vision_groups * data.vision_rows * processes
+    T, P = data.sequence_length, data.row_patches
+    return Counts(
+        tokens=rows * T,
+        slots=rows * T,
+        samples=rows,
+        token_pairs=rows * T * (T + 1) // 2,
+        patches=pictures * P,
+        patch_slots=pictures * P,
+        frame_pairs=pictures * P * P,
+    )
+
+
+def work(config: TrainConfig, model: Qwen3VLMoeConfig, processes: int, devices: int, wire_bytes: float) -> Work:
+    """One device's share of a step, evenly spread (routing balanced)."""
+    counts = full_counts(config, processes)
+    shapes = nest({path: np.broadcast_to(np.int8(0), shape) for path, shape in hf.param_shapes(model).items()})
+    needed = step_flops(model, counts, *split_frozen(shapes, config.model.freeze))
+    forward = forward_flops(model, counts)
+    text = model.text_config
+    experts = 2.0 * counts.tokens * text.num_experts_per_tok * 3 * text.hidden_size * text.moe_intermediate_size
+    again = {
+        "none": 0.0,
+        "full": forward["text"] + forward["vision"],
+        "dots": experts * text.layer_kinds().count("moe"),  # ragged products are no dots: they are recomputed
+    }[config.backend.remat] + forward["head"]  # the loss recomputes its logits
+    return Work(needed / devices, (needed + again) / devices, hbm_bytes(config, model, counts, devices), wire_bytes)
+
+
+def hbm_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, counts: Counts, devices: int) -> float:
+    """Bytes read and written by one device in a step: optimizer, weights, activations. A count of tensors, not a measurement."""
+    sizes: Mapping[str, int] = plain(config.mesh)
+    mesh = MeshSizes(sizes)
+    width = jnp.dtype(config.model.compute_dtype).itemsize
+    master = jnp.dtype(config.model.param_dtype).itemsize
+    total = 0.0
+    trained = set(flatten(split_frozen(nest({p: np.empty(0) for p in hf.param_shapes(model)}), config.model.freeze)[0]))
+    for path, shape in hf.param_shapes(model).items():
+        spec = partition_spec(path, shape, mesh)
+        held = [axis for entry in spec for axis in axes_of(entry)]
+        local = math.prod(shape) / math.prod(sizes[a] for a in held)
+        gathered = [a for entry in spec for a in fsdp_axes(entry) if not ("mlp/experts" in path and a == "expert")]
+        whole = local * math.prod(sizes[a] for a in gathered)
+        # written and read by each of two gathers, read backward, its gradient written and read
+        total += config.data.accumulation * whole * width * (7 if path in trained else 5)
+        if path in trained:  # parameter and two moments read and written, gradient written and read, the cast
+            total += local * (6 * master + 2 * 4 + master + width)
+    text, vision = model.text_config, model.vision_config
+    passes = {"none": 3, "dots": 3.5, "full": 4}[config.backend.remat]  # forward, again, and twice for the backward
+    D, F, k = text.hidden_size, text.moe_intermediate_size, text.num_experts_per_tok
+    heads = text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    per_token = sum(
+        12 * D + 4 * heads + (k * (6 * D + 6 * F) if kind == "moe" else 6 * text.intermediate_size) for kind in text.layer_kinds()
+    )
+    per_patch = vision.depth * (16 * vision.hidden_size + 4 * vision.intermediate_size)
+    activations = passes * width * (counts.tokens * per_token + counts.patches * per_patch)
+    logits = counts.tokens * text.vocab_size * 4 * 6  # written and read forward, recomputed, and their gradient
+    return total + (activations + logits) / devices
+
+
+def layer_inputs_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, processes: int) -> float:
+    """What full remat keeps per device: every layer's input."""
+    data, text = config.data, model.text_config
+    rows, columns = data.batch_rows * processes, data.sequence_length
+    spec = fit((("data", "fsdp", "expert"), "context"), (rows, columns), MeshSizes(plain(config.mesh)))
+    parts = math.prod(plain(config.mesh)[a] for entry in spec for a in axes_of(entry))
+    return rows * columns / parts * text.hidden_size * text.num_hidden_layers * jnp.dtype(config.model.compute_dtype).itemsize
