@@ -38,6 +38,9 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ProcessorError(f"the chat template does not compile: {error}; expected a jinja2 template") from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.special_tokens)  # a compiled template does not pickle; data workers get a copy
+
     def render(
         self,
         messages: Sequence[Message],
