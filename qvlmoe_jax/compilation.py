@@ -37,10 +37,10 @@ class CompileLog:
         jax.monitoring.register_event_duration_secs_listener(self._duration)  # pyright: ignore[reportArgumentType]
         jax.monitoring.register_event_listener(self._event)
 
-    def _duration(self, event: str, duration: float, **_: str | int) -> None:
+    def _duration(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.programs += 1
-            self.seconds += duration
+            self.seconds += duration_secs
 
     def _event(self, event: str, **_: str | int) -> None:
         if event == "/jax/compilation_cache/cache_hits":

@@ -77,28 +77,27 @@ def generate(
     layout = _Layout.of(batch, max_new_tokens, prefill_chunk, cache)
     rules = _Rules(sampling, np.uint32(seed % 2**32), stop, pad)
 
-    given = cache
     dtype = model.model.language_model.embed_tokens.weight.dtype
-    cache = init_cache(model.config, layout.batch_size, layout.capacity, dtype=dtype) if given is None else given
+    state = cache or init_cache(model.config, layout.batch_size, layout.capacity, dtype=dtype)
     try:
-        hidden, cache = _read_prompt(model, batch, layout, cache)
-        progress = _first_token(model, hidden, cache.tokens, rules, bucket(max_new_tokens))
+        hidden, state = _read_prompt(model, batch, layout, state)
+        progress = _first_token(model, hidden, state.tokens, rules, bucket(max_new_tokens))
         if on_token is None:
-            cache, progress = _advance(model, cache, progress, rules, max_new_tokens)
+            state, progress = _advance(model, state, progress, rules, max_new_tokens)
         else:
             for step in range(1, max_new_tokens):
-                cache, ahead = _advance(model, cache, progress, rules, step + 1)
+                state, ahead = _advance(model, state, progress, rules, step + 1)
                 on_token(np.asarray(progress.tokens))  # waits for this step while the next one runs
                 if np.asarray(progress.done).all():
                     break
                 progress = ahead
             else:
                 on_token(np.asarray(progress.tokens))
-        if given is not None:
-            cache = _feed(model, progress.tokens, cache, progress.real)
+        if cache is not None:
+            state = _feed(model, progress.tokens, state, progress.real)
     finally:
-        if given is not None and cache is not None:
-            given.refill(cache)  # the arrays it came with were given away
+        if cache is not None:
+            cache.refill(state)  # the arrays it came with were given away
     return np.asarray(progress.answer)[:, :max_new_tokens]
 
 
