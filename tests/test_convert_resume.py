@@ -213,7 +213,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         peaks.append(float(done.stdout.split("peak anonymous memory ")[1].split()[0]))
     assert peaks[1] < 1000  # MB
-    assert abs(peaks[1] / peaks[0] - 1) < 0.15, peaks
+    assert peaks[1] < 1.15 * peaks[0], peaks
 
 
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

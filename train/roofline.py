@@ -32,7 +32,8 @@ class Estimate:
     """Seconds of a step.
 
     Attributes:
-      compute, hbm, ici_fast, ici_slow: each term alone. best: all overlapped. worst: nothing overlapped.
+      compute, hbm, ici_fast, ici_slow: each term alone. model: the model's FLOPs at the peak. best: all overlapped.
+      worst: nothing overlapped.
       binding: the name of the longest term at best.
       mfu_best, mfu_worst: model FLOPs over peak, at those times.
     """

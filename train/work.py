@@ -11,7 +11,7 @@ import numpy as np
 from qvlmoe_jax import Qwen3VLMoeConfig, hf
 from qvlmoe_jax.collectives import axes_of, fsdp_axes
 from qvlmoe_jax.param_tree import flatten, nest
-from qvlmoe_jax.sharding import fit, partition_spec
+from qvlmoe_jax.sharding import partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.feed import Counts
@@ -83,12 +83,3 @@ def hbm_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, counts: Counts, devi
     activations = passes * width * (counts.tokens * per_token + counts.patches * per_patch)
     logits = counts.tokens * text.vocab_size * 4 * 6  # written and read forward, recomputed, and their gradient
     return total + (activations + logits) / devices
-
-
-def layer_inputs_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, processes: int) -> float:
-    """What full remat keeps per device: every layer's input."""
-    data, text = config.data, model.text_config
-    rows, columns = data.batch_rows * processes, data.sequence_length
-    spec = fit((("data", "fsdp", "expert"), "context"), (rows, columns), MeshSizes(plain(config.mesh)))
-    parts = math.prod(plain(config.mesh)[a] for entry in spec for a in axes_of(entry))
-    return rows * columns / parts * text.hidden_size * text.num_hidden_layers * jnp.dtype(config.model.compute_dtype).itemsize
