@@ -104,8 +104,9 @@ def memory_lines(plan: Plan) -> Iterator[str]:
 def wire_lines(plan: Plan) -> Iterator[str]:
     """Collectives by kind and axes, then by axes beside the least that the mesh and dispatch need."""
     yield "Collectives, GB on the wire per device and step"
+    total = sum(one.wire_bytes for one in plan.sent)
     for (kind, axes), amount in by_kind(plan.sent).items():
-        if amount >= 1e7:
+        if amount >= 5e-4 * total:
             yield f"  {kind:<20}{_axes(axes):<28}{amount / 1e9:9.2f}"
     yield "Beside the least possible for this mesh, dispatch and recomputation, GB"
     sent: dict[tuple[str, ...], float] = {}
@@ -114,13 +115,13 @@ def wire_lines(plan: Plan) -> Iterator[str]:
     minimum = by_axes(plan.least)
     for axes in sorted({*sent, *minimum}, key=lambda axes: -sent.get(axes, 0)):
         have, need = sent.get(axes, 0.0), minimum.get(axes, 0.0)
-        if max(have, need) >= 1e7:
+        if max(have, need) >= 5e-4 * total:
             ratio = f"{have / need:6.2f}x" if need else "  extra"
             what = "; ".join(
-                f"{term.what} {term.bytes / 1e9:.2f}" for term in plan.least if term.axes == axes and term.bytes > 1e7
+                f"{term.what} {term.bytes / 1e9:.2f}" for term in plan.least if term.axes == axes and term.bytes >= 5e-4 * total
             )
             yield f"  {_axes(axes):<28}{have / 1e9:9.2f} / {need / 1e9:<9.2f}{ratio}  {what}"
-    total, need = sum(sent.values()), sum(minimum.values())
+    need = sum(minimum.values())
     yield f"  {'total':<28}{total / 1e9:9.2f} / {need / 1e9:<9.2f}{total / need if need else 1:6.2f}x"
 
 
