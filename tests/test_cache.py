@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -142,6 +143,26 @@ def test_what_does_not_fit_is_refused_with_what_would(model) -> None:
         generate(model, packed, max_new_tokens=1)
     with pytest.raises(GenerationError, match="0 rows and 5 columns"):
         init_cache(model.config, 0, 5)
+    with pytest.raises(GenerationError, match=r"max_new_tokens = 2\.5, expected a positive"):
+        generate(model, one, max_new_tokens=2.5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 3}, {"num_hidden_layers": 6}, {"num_key_value_heads": 4}, {"head_dim": 16}]
+)
+def test_the_cache_of_another_model_is_refused(model, change: dict[str, int]) -> None:
+    """Fewer layers or more heads would be written over each other in silence: dynamic slices are moved to where they fit."""
+    cache = init_cache(dataclasses.replace(model.config.text_config, **change), 1, 64)
+    with pytest.raises(GenerationError, match=r"the cache has .* layers of .* the model 5 of 2 of 32; make one with init_cache"):
+        generate(model, batch(model, "text"), max_new_tokens=1, cache=cache)
+
+
+def test_numbers_may_be_numpys(model) -> None:
+    numbers = {"max_new_tokens": np.int64(3), "seed": np.int32(-1), "prefill_chunk": np.int64(16), "top_k": np.int64(5)}
+    plain = {name: int(value) for name, value in numbers.items()}
+    one = batch(model, "text")
+    got, expected = (generate(model, one, temperature=1.0, eos_token_id=(), **options) for options in (numbers, plain))
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.slow

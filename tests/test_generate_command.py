@@ -155,7 +155,10 @@ def test_generation_config(tmp_path: Path) -> None:
     assert read == GenerationConfig() and hash(read) == hash(GenerationConfig()), "no reason to compile again"
     file.write_text(json.dumps({"temperature": 0.7}))
     assert GenerationConfig.from_directory(tmp_path).sampling["temperature"] == 0, "do_sample is off unless it says on"
-    for wrong in ({"eos_token_id": "x"}, {"eos_token_id": [True]}, {"temperature": "hot"}, []):
+    file.write_text(json.dumps({"do_sample": True, "top_p": 0.9}))
+    as_transformers = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
+    assert GenerationConfig.from_directory(tmp_path).sampling == as_transformers, "sampling without a temperature is not greedy"
+    for wrong in ({"eos_token_id": "x"}, {"eos_token_id": 2**31}, {"eos_token_id": [True]}, {"temperature": "hot"}, []):
         file.write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match=r"generation_config\.json: .*expected"):
             GenerationConfig.from_directory(tmp_path)
