@@ -103,6 +103,12 @@ def generate(
     return np.asarray(progress.answer)[:, :max_new_tokens]
 
 
+def columns_of(num_tokens: int, prefill_chunk: int | None) -> int:
+    """How many cache columns reading a prompt takes, the padding of its last chunk included (written over later)."""
+    chunk = min(prefill_chunk or bucket(num_tokens), bucket(num_tokens))
+    return -(-num_tokens // chunk) * chunk
+
+
 def _count(name: str, value: Any) -> int:
     """A Python integer, from numpy's too: its bits are counted."""
     if int(value) != value or value < 1:
@@ -140,7 +146,7 @@ class _Layout:
         B, end = len(segment_ids), int(np.flatnonzero(filled.any(axis=0))[-1]) + 1
         start, capacity = (0, None) if cache is None else (int(cache.length), cache.capacity)
         chunk = min(prefill_chunk or bucket(end), bucket(end))
-        columns = -(-end // chunk) * chunk
+        columns = columns_of(end, prefill_chunk)
         if capacity is None:
             capacity = max(columns, bucket(end)) + bucket(max_new_tokens)
         elif chunk == columns:

@@ -16,7 +16,7 @@ from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGenerati
 from qvlmoe_jax.cache import KVCache, cache_bytes, grow, init_cache
 from qvlmoe_jax.compilation import CompileLog
 from qvlmoe_jax.errors import GenerationError
-from qvlmoe_jax.generate import generate
+from qvlmoe_jax.generate import columns_of, generate
 from qvlmoe_jax.incremental import decode_step, prefill
 from qvlmoe_jax.sharding import tree_shardings
 from tests import ours, prompts, tiny
@@ -163,6 +163,11 @@ def test_numbers_may_be_numpys(model) -> None:
     one = batch(model, "text")
     got, expected = (generate(model, one, temperature=1.0, eos_token_id=(), **options) for options in (numbers, plain))
     np.testing.assert_array_equal(got, expected)
+
+
+def test_a_chunk_that_is_no_power_of_two_may_take_more_than_its_bucket() -> None:
+    """What a conversation makes room for: 51 tokens in chunks of 40 are 80 columns, though their bucket is 64."""
+    assert [columns_of(51, chunk) for chunk in (None, 40, 5, 64, 1000)] == [64, 80, 55, 64, 64]
 
 
 @pytest.mark.slow
