@@ -158,8 +158,8 @@ def test_the_cache_of_another_model_is_refused(model, change: dict[str, int]) ->
 
 
 def test_numbers_may_be_numpys(model) -> None:
-    numbers = {"max_new_tokens": np.int64(3), "seed": np.int32(-1), "prefill_chunk": np.int64(16), "top_k": np.int64(5)}
-    plain = {name: int(value) for name, value in numbers.items()}
+    numbers: dict[str, Any] = {"max_new_tokens": np.int64(3), "seed": np.int32(-1), "prefill_chunk": np.int64(16), "top_k": np.int64(5)}
+    plain: dict[str, Any] = {name: int(value) for name, value in numbers.items()}
     one = batch(model, "text")
     got, expected = (generate(model, one, temperature=1.0, eos_token_id=(), **options) for options in (numbers, plain))
     np.testing.assert_array_equal(got, expected)

@@ -85,6 +85,14 @@ def test_a_question_that_is_no_text_costs_that_question_only(
         print("\N{REPLACEMENT CHARACTER}\N{CAT}")
 
 
+def test_more_than_the_memory_holds_is_one_line(directory: Path) -> None:
+    result = run(directory, "--prompt", "hi", "--max-new-tokens", str(10**12))  # more than an address space
+    assert result.returncode == 2 and not result.stdout
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: not enough memory on the device: ") and "lower --max-new-tokens" in last
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(directory: Path) -> None:
     flags = ("--image", str(CAT), "--prompt", "What is this?", "--max-new-tokens", "12", "--seed", "4")
