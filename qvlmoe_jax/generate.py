@@ -172,10 +172,11 @@ class _Layout:
 
 def _read_prompt(model: Any, batch: Batch, layout: _Layout, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Hidden states `[B,D]` after each row's last token, and the cache: pictures once, then the text chunk by chunk."""
+    dtype = model.get_input_embeddings().weight.dtype  # of the cache it may differ
     visual = _look(model, batch) if batch.patch_segment_ids.size else None
     columns = layout.fit(batch)
     columns["position_ids"] = columns["position_ids"] + np.asarray(cache.next_position)[:, None]
-    hidden: Any = np.zeros((layout.batch_size, model.config.text_config.hidden_size), cache.k.dtype)
+    hidden: Any = np.zeros((layout.batch_size, model.config.text_config.hidden_size), dtype)
     for first in range(0, layout.columns, layout.chunk):
         part = {name: value[..., first : first + layout.chunk] for name, value in columns.items()}
         hidden, cache = _read(model, part, visual, hidden, cache)

@@ -157,8 +157,23 @@ def test_the_cache_of_another_model_is_refused(model, change: dict[str, int]) ->
         generate(model, batch(model, "text"), max_new_tokens=1, cache=cache)
 
 
+def test_a_model_in_bfloat16_takes_a_cache_in_float32(model) -> None:
+    """`init_cache`'s own dtype. The hidden states stay the model's, so no chunk compiles for another one."""
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
+    one, cache = batch(model, "image"), init_cache(model.config, 1, 128)
+    generate(half, one, max_new_tokens=2, cache=cache, prefill_chunk=5)
+    with compilations(0):
+        generate(half, one, max_new_tokens=2, cache=cache, prefill_chunk=5)
+    assert cache.k.dtype == jnp.float32
+    logits, _ = jax.jit(prefill)(half, one, init_cache(model.config, 1, 128))
+    expected, _ = jax.jit(prefill)(half, one, init_cache(model.config, 1, 128, dtype=jnp.bfloat16))
+    assert logits.dtype == expected.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(logits - expected, np.float32)).max() < 0.1
+
+
 def test_numbers_may_be_numpys(model) -> None:
-    numbers: dict[str, Any] = {"max_new_tokens": np.int64(3), "seed": np.int32(-1), "prefill_chunk": np.int64(16), "top_k": np.int64(5)}
+    numbers: dict[str, Any] = {"max_new_tokens": np.int64(3), "seed": np.int32(-1), "top_k": np.int64(5)}
+    numbers |= {"prefill_chunk": np.int64(16)}
     plain: dict[str, Any] = {name: int(value) for name, value in numbers.items()}
     one = batch(model, "text")
     got, expected = (generate(model, one, temperature=1.0, eos_token_id=(), **options) for options in (numbers, plain))
