@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -127,10 +128,11 @@ def _generate(args: argparse.Namespace) -> None:
     log = CompileLog()
     _note(f"loading {args.directory} ...")
     start = time.perf_counter()
-    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(
-        args.directory, dtype=None if args.dtype == "keep" else args.dtype, mesh=mesh
-    )
-    jax.block_until_ready(model)
+    with _within_memory("spread the model with --mesh, or read it with --dtype bfloat16"):
+        model = Qwen3VLMoeForConditionalGeneration.from_pretrained(
+            args.directory, dtype=None if args.dtype == "keep" else args.dtype, mesh=mesh
+        )
+        jax.block_until_ready(model)
     leaves = jax.tree.leaves(model)
     where = f"{mesh.size} devices" if mesh else str(leaves[0].devices().pop())
     size = sum(leaf.size for leaf in leaves)
@@ -146,6 +148,17 @@ def _generate(args: argparse.Namespace) -> None:
             _answer(chat, question, arrays, as_json=args.json, log=log)
         if args.chat:
             _converse(chat, args.media if question is None else [], as_json=args.json, log=log)
+
+
+@contextmanager
+def _within_memory(advice: str) -> Iterator[None]:
+    """XLA's report of an allocation that fails, as the user's error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UsageError(f"not enough memory on the device: {str(error).splitlines()[0]}; {advice}") from error
 
 
 def _converse(chat: Chat, media: list[dict[str, Any]], *, as_json: bool, log: Any) -> None:
@@ -172,7 +185,8 @@ def _answer(chat: Chat, content: list[dict[str, Any]], arrays: Any, *, as_json: 
     arrays = chat.encode(content) if arrays is None else arrays
     _note("reading the prompt (a length not met before compiles first) ...")
     show = (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True))
-    answer = chat.ask(content, show, arrays)
+    with _within_memory("lower --max-new-tokens or --prefill-chunk, ask for less, or spread with --mesh"):
+        answer = chat.ask(content, show, arrays)
     print(json.dumps(_summary(answer), ensure_ascii=False) if as_json else "", flush=True)
     _note(
         f"read {answer.read_tokens} of {answer.prompt_tokens} prompt tokens, first token after "
@@ -200,6 +214,9 @@ def _one_line(error: BaseException) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's error (one line on stderr), 130 interrupted."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal cannot show, a question what is no text
+            stream.reconfigure(errors=errors)
     try:
         args = build_parser().parse_args(argv)
         args.run(args)

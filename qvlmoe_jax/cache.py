@@ -55,6 +55,20 @@ class KVCache:
             length=constrain(self.length),
         )
 
+    def check(self, config: Qwen3VLMoeConfig | Qwen3VLMoeTextConfig, batch_size: int) -> None:
+        """Raises GenerationError for a cache of another model, whose layers or heads would be misread, or another batch."""
+        rows, text = self.tokens.shape[0], _text(config)
+        if rows != batch_size:
+            raise GenerationError(
+                f"the cache has {rows} rows, the batch {batch_size}; make one with init_cache(config, {batch_size}, ...)"
+            )
+        (L, _, _, K, H), own = self.k.shape, (text.num_hidden_layers, text.num_key_value_heads, text.head_dim)
+        if (L, K, H) != own:
+            raise GenerationError(
+                f"the cache has {L} layers of {K} kv heads of {H}, the model {own[0]} of {own[1]} of {own[2]}; "
+                f"make one with init_cache(model.config, {batch_size}, ...)"
+            )
+
     def refill(self, other: KVCache) -> None:
         """Takes over the arrays of `other`."""
         for field in dataclasses.fields(self):

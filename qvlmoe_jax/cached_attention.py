@@ -32,7 +32,7 @@ def cached_attention(
       layer, first: int32 scalars. valid_BS: bool, columns that hold a token.
       block: queries and keys handled at a time.
     Returns:
-      `[B,T,N,H]`; 0 for a query that sees nothing. Scores, softmax and sums are float32.
+      `[B,T,N,H]` in the queries' dtype; 0 for a query that sees nothing. Scores, softmax and sums are float32.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_LBSKH.shape[2:4]
@@ -65,7 +65,7 @@ def cached_attention(
         blocks = jnp.minimum((row + R + width - 1) // width, -(-S // width))
         _, total, out = jax.lax.fori_loop(0, blocks, of_keys, state)
         out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-        return jnp.moveaxis(out.astype(dtype), 3, 1)
+        return jnp.moveaxis(out.astype(q_BTNH.dtype), 3, 1)
 
     q = q_BTNH.reshape(B, T, K, N // K, H)
     if T == R:

@@ -13,7 +13,7 @@ from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.cache import KVCache, grow, init_cache
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.frames import bucket
-from qvlmoe_jax.generate import generate
+from qvlmoe_jax.generate import columns_of, generate
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class Chat:
                 on_text(piece)
 
         try:
-            self._cache = self._with_room(held + bucket(num_new) + self.options["max_new_tokens"])
+            columns = columns_of(num_new, self.options.get("prefill_chunk"))
+            self._cache = self._with_room(held + columns + self.options["max_new_tokens"])
             generate(self.model, batch, cache=self._cache, on_token=on_token, **self.options)
         except BaseException:
             self._cache = None  # half a turn is in it

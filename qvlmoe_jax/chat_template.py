@@ -22,6 +22,9 @@ Message = Mapping[str, Any]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names for it in circulation; the first is what templates read
 _BARE: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
+_FAILURES = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+)  # fmt: skip
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -29,6 +32,8 @@ class ChatTemplate:
     """A compiled template. `special_tokens` (`eos_token`, ...) are visible in it by name; `variables` is all that it reads."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
+        if not isinstance(source, str):
+            raise ProcessorError(f"the chat template is a {type(source).__name__}, expected the text of a jinja2 template")
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         environment = _environment()
@@ -83,7 +88,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **{**self.special_tokens, **_plain(variables)},
             )
-        except (jinja2.TemplateError, TypeError, LookupError) as error:
+        except _FAILURES as error:
             raise ProcessorError(f"the chat template refuses the messages: {error}") from error
         return _cut_at_mark(text) if continue_final_message else text
 

@@ -60,7 +60,8 @@ def generate(
     Returns:
       int32 `[B, max_new_tokens]`, each row filled with pad after its end.
     Raises:
-      GenerationError: sampling values out of range, a batch with packed or empty rows, a cache too small (says what would fit).
+      GenerationError: sampling values out of range, a batch with packed or empty rows, a cache too small (says what would fit)
+        or of another model.
     """
     sampling = Sampling.of(
         temperature=temperature,
@@ -70,12 +71,13 @@ def generate(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
     )
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if value is not None and value < 1:
-            raise GenerationError(f"{name} = {value}, expected a positive number of tokens")
+    max_new_tokens = _count("max_new_tokens", max_new_tokens)
+    prefill_chunk = None if prefill_chunk is None else _count("prefill_chunk", prefill_chunk)
     stop, pad = _stop_and_pad(model, eos_token_id, pad_token_id)
+    if cache is not None:
+        cache.check(model.config, len(batch.segment_ids))
     layout = _Layout.of(batch, max_new_tokens, prefill_chunk, cache)
-    rules = _Rules(sampling, np.uint32(seed % 2**32), stop, pad)
+    rules = _Rules(sampling, np.uint32(int(seed) % 2**32), stop, pad)
 
     dtype = model.model.language_model.embed_tokens.weight.dtype
     state = cache or init_cache(model.config, layout.batch_size, layout.capacity, dtype=dtype)
@@ -99,6 +101,19 @@ def generate(
         if cache is not None:
             cache.refill(state)  # the arrays it came with were given away
     return np.asarray(progress.answer)[:, :max_new_tokens]
+
+
+def columns_of(num_tokens: int, prefill_chunk: int | None) -> int:
+    """How many cache columns reading a prompt takes, the padding of its last chunk included (written over later)."""
+    chunk = min(prefill_chunk or bucket(num_tokens), bucket(num_tokens))
+    return -(-num_tokens // chunk) * chunk
+
+
+def _count(name: str, value: Any) -> int:
+    """A Python integer, from numpy's too: its bits are counted."""
+    if int(value) != value or value < 1:
+        raise GenerationError(f"{name} = {value}, expected a positive number of tokens")
+    return int(value)
 
 
 def _stop_and_pad(model: Any, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None) -> tuple[np.ndarray, np.int32]:
@@ -130,11 +145,8 @@ class _Layout:
             raise GenerationError("a row of the batch holds several packed documents, expected one; give each a row of its own")
         B, end = len(segment_ids), int(np.flatnonzero(filled.any(axis=0))[-1]) + 1
         start, capacity = (0, None) if cache is None else (int(cache.length), cache.capacity)
-        if cache is not None and cache.tokens.shape[0] != B:
-            rows = cache.tokens.shape[0]
-            raise GenerationError(f"the cache has {rows} rows, the batch {B}; make one with init_cache(config, {B}, ...)")
         chunk = min(prefill_chunk or bucket(end), bucket(end))
-        columns = -(-end // chunk) * chunk
+        columns = columns_of(end, prefill_chunk)
         if capacity is None:
             capacity = max(columns, bucket(end)) + bucket(max_new_tokens)
         elif chunk == columns:
@@ -160,10 +172,11 @@ class _Layout:
 
 def _read_prompt(model: Any, batch: Batch, layout: _Layout, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Hidden states `[B,D]` after each row's last token, and the cache: pictures once, then the text chunk by chunk."""
+    dtype = model.get_input_embeddings().weight.dtype  # of the cache it may differ
     visual = _look(model, batch) if batch.patch_segment_ids.size else None
     columns = layout.fit(batch)
     columns["position_ids"] = columns["position_ids"] + np.asarray(cache.next_position)[:, None]
-    hidden: Any = np.zeros((layout.batch_size, model.config.text_config.hidden_size), cache.k.dtype)
+    hidden: Any = np.zeros((layout.batch_size, model.config.text_config.hidden_size), dtype)
     for first in range(0, layout.columns, layout.chunk):
         part = {name: value[..., first : first + layout.chunk] for name, value in columns.items()}
         hidden, cache = _read(model, part, visual, hidden, cache)

@@ -12,6 +12,10 @@ from qvlmoe_jax.safetensors_io import parse_json
 
 FILE = "generation_config.json"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+UNSAID = {"temperature": 1.0, "top_k": 50}
+"""What transformers fills in where a file turns sampling on (configuration_utils.py, `_get_default_generation_params`)."""
+MAX_ID = 2**31 - 1
+"""Token ids are int32."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class GenerationConfig:
         eos, pad = ids["eos_token_id"], ids["pad_token_id"]
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         for value in (*eos, *([] if pad is None else [pad])):
-            if type(value) is not int or value < 0:
+            if type(value) is not int or not 0 <= value <= MAX_ID:
                 raise ConfigError(f"{file}: eos_token_id or pad_token_id holds {value!r}, expected token ids")
         sampling = {name: own[name] for name in SAMPLING if own.get(name) is not None}
         for name, value in sampling.items():
             if type(value) not in (int, float):
                 raise ConfigError(f"{file}: {name} is {value!r}, expected a number")
-        if not own.get("do_sample", False):
+        if own.get("do_sample", False):
+            sampling = UNSAID | sampling
+        else:
             sampling["temperature"] = 0.0
         return cls(tuple(eos), pad, sampling)

@@ -35,7 +35,8 @@ def prefill(model: Qwen3VLMoeForConditionalGeneration, batch: Batch, cache: KVCa
       the logits `[B,V]` after each row's last token, and the cache.
     """
     batch = jax.tree.map(jnp.asarray, batch)
-    hidden = jnp.zeros((batch.input_ids.shape[0], model.config.text_config.hidden_size), cache.k.dtype)
+    shape = (batch.input_ids.shape[0], model.config.text_config.hidden_size)
+    hidden = jnp.zeros(shape, model.get_input_embeddings().weight.dtype)  # of the cache it may differ
     positions = batch.position_ids + cache.next_position[:, None]
     hidden, cache = read(model, text_columns(batch, positions), model.model.visual_features(batch), hidden, cache)
     return head(model, hidden), cache

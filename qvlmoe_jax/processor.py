@@ -236,12 +236,20 @@ class Processor:
 
 def _template_source(folder: Path, tokenizer: Tokenizer) -> str | None:
     """transformers' order: chat_template.jinja, chat_template.json, then tokenizer_config.json (a text, or named texts)."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (file := folder / "chat_template.jinja").is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ProcessorError(f"{file} is not UTF-8 text ({error}); copy the checkpoint's own file") from error
     for found in (read_json(folder / "chat_template.json") or {}, tokenizer.config):
         source = found.get("chat_template")
         if isinstance(source, list):
-            source = {entry["name"]: entry["template"] for entry in source}
+            try:
+                source = {entry["name"]: entry["template"] for entry in source}
+            except (TypeError, KeyError) as error:
+                raise ProcessorError(
+                    f"{folder}: chat_template holds {source!r:.60}, expected a text, or objects with a name and a template"
+                ) from error
         if isinstance(source, Mapping):
             source = source.get("default")
         if source:

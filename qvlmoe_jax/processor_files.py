@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from qvlmoe_jax.errors import ProcessorError
 from qvlmoe_jax.tokenizer import read_json
 
@@ -44,6 +46,8 @@ class ImageSettings:
         """
         options = dict(options)
         size = options.pop("size", None) or {}
+        if not isinstance(size, Mapping):
+            raise ProcessorError(f"{what}: size is {size!r}, expected an object with shortest_edge and longest_edge")
         edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
         options = {**edges, **{key: value for key, value in options.items() if value is not None}}
         names = {field.name for field in dataclasses.fields(self)}
@@ -63,8 +67,14 @@ class ImageSettings:
         if self.min_pixels > self.max_pixels:
             raise ProcessorError(f"{what}: min_pixels = {self.min_pixels} is more than max_pixels = {self.max_pixels}")
         for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != 3:
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_number, value)):
                 raise ProcessorError(f"{what}: {name} is {getattr(self, name)!r}, expected three numbers (red, green, blue)")
+        if 0 in self.image_std or not _is_number(self.rescale_factor) or not self.rescale_factor:
+            raise ProcessorError(
+                f"{what}: image_std is {list(self.image_std)} and rescale_factor {self.rescale_factor!r}, "
+                "expected numbers other than 0"
+            )
         if self.resample not in range(6):
             raise ProcessorError(f"{what}: resample is {self.resample!r}, expected one of Pillow's filters 0 .. 5 (3 = bicubic)")
 
@@ -73,6 +83,10 @@ class ImageSettings:
         """Reads one JSON object; keys that nothing here uses are ignored, as transformers does."""
         names = {field.name for field in dataclasses.fields(cls)} | {"size"}
         return cls().replace(what, **{key: value for key, value in section.items() if key in names})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ class VideoSettings(ImageSettings):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ProcessorError(f"{what}: {name} is {value!r}, expected a positive integer")
-        if self.fps is not None and not self.fps > 0:
+        if self.fps is not None and not (_is_number(self.fps) and self.fps > 0):
             raise ProcessorError(f"{what}: fps is {self.fps!r}, expected more than 0")
 
     def sampling(self, *, fps: float | None, num_frames: int | None, do_sample_frames: bool | None) -> VideoSettings:
@@ -123,6 +137,9 @@ def read_settings(directory: str | Path) -> tuple[ImageSettings, VideoSettings]:
     nested = read_json(folder / "processor_config.json") or {}
     picture_file = read_json(folder / "preprocessor_config.json")
     video_file = read_json(folder / "video_preprocessor_config.json")
+    for name in ("image_processor", "video_processor"):
+        if not isinstance(section := nested.get(name) or {}, Mapping):
+            raise ProcessorError(f"processor_config.json: {name} is {section!r:.60}, expected an object")
     pictures = nested.get("image_processor") or picture_file
     videos = nested.get("video_processor") or video_file or picture_file
     return (

@@ -32,7 +32,10 @@ class VisionTokens:
 
         def named(key: str, default: str) -> str:
             value = tokenizer.config.get(key) or (extra.get(key) if isinstance(extra, Mapping) else None) or default
-            return value["content"] if isinstance(value, Mapping) else value
+            value = value.get("content") if isinstance(value, Mapping) else value
+            if not isinstance(value, str):
+                raise ProcessorError(f"tokenizer_config.json: {key} is {value!r}, expected the text of a token")
+            return value
 
         return cls(
             image=named("image_token", "<|image_pad|>"),

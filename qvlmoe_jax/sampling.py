@@ -101,7 +101,9 @@ def warp(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array
       log-probabilities up to a constant `[B,C]`, -inf where cut, and the candidates' ids `[B,C]`; None = all ids in order.
       Only the top_k likeliest are ever sorted.
     """
-    logits, ids = logits_BV / sampling.temperature, None
+    # Below the likeliest, so that no division overflows: a temperature near 0 leaves the likeliest alone, not several infinities.
+    below = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits, ids = below / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny), None
     V = logits.shape[-1]
     if sampling.top_k or sampling.top_p is not None:
         logits, ids = jax.lax.top_k(logits, min(sampling.top_k or V, V))  # likeliest first

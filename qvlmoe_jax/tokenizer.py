@@ -69,7 +69,10 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[np.ndarray]:
-        """Ids `[n]` int64 of each text."""
+        """Ids `[n]` int64 of each text. Raises ProcessorError for a text that is not Unicode."""
+        for text in texts:  # bytes of a terminal or a pipe that are not UTF-8 arrive as lone surrogates
+            if not _is_unicode(text):
+                raise ProcessorError(f"the text {text[:60]!a} holds what is not Unicode text; expected UTF-8, convert it first")
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [np.array(one.ids, np.int64) for one in encoded]
 
@@ -79,6 +82,14 @@ class Tokenizer:
         if flat.ndim > 1 or (flat.size and flat.dtype.kind not in "iu"):
             raise ProcessorError(f"ids are {flat.dtype} of shape {list(flat.shape)}, expected one row of integers")
         return self.backend.decode(flat.reshape(-1).tolist(), skip_special_tokens=skip_special_tokens)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -91,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProcessorError(f"{path} is not JSON: {error}; copy the checkpoint's own file") from error
     if not isinstance(value, dict):
         raise ProcessorError(f"{path} holds a {type(value).__name__}, expected a JSON object")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGenerati
 from qvlmoe_jax.cache import KVCache, cache_bytes, grow, init_cache
 from qvlmoe_jax.compilation import CompileLog
 from qvlmoe_jax.errors import GenerationError
-from qvlmoe_jax.generate import generate
+from qvlmoe_jax.generate import columns_of, generate
 from qvlmoe_jax.incremental import decode_step, prefill
 from qvlmoe_jax.sharding import tree_shardings
 from tests import ours, prompts, tiny
@@ -142,6 +143,46 @@ def test_what_does_not_fit_is_refused_with_what_would(model) -> None:
         generate(model, packed, max_new_tokens=1)
     with pytest.raises(GenerationError, match="0 rows and 5 columns"):
         init_cache(model.config, 0, 5)
+    with pytest.raises(GenerationError, match=r"max_new_tokens = 2\.5, expected a positive"):
+        generate(model, one, max_new_tokens=2.5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 3}, {"num_hidden_layers": 6}, {"num_key_value_heads": 4}, {"head_dim": 16}]
+)
+def test_the_cache_of_another_model_is_refused(model, change: dict[str, int]) -> None:
+    """Fewer layers or more heads would be written over each other in silence: dynamic slices are moved to where they fit."""
+    cache = init_cache(dataclasses.replace(model.config.text_config, **change), 1, 64)
+    with pytest.raises(GenerationError, match=r"the cache has .* layers of .* the model 5 of 2 of 32; make one with init_cache"):
+        generate(model, batch(model, "text"), max_new_tokens=1, cache=cache)
+
+
+def test_a_model_in_bfloat16_takes_a_cache_in_float32(model) -> None:
+    """`init_cache`'s own dtype. The hidden states stay the model's, so no chunk compiles for another one."""
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
+    one, cache = batch(model, "image"), init_cache(model.config, 1, 128)
+    generate(half, one, max_new_tokens=2, cache=cache, prefill_chunk=5)
+    with compilations(0):
+        generate(half, one, max_new_tokens=2, cache=cache, prefill_chunk=5)
+    assert cache.k.dtype == jnp.float32
+    logits, _ = jax.jit(prefill)(half, one, init_cache(model.config, 1, 128))
+    expected, _ = jax.jit(prefill)(half, one, init_cache(model.config, 1, 128, dtype=jnp.bfloat16))
+    assert logits.dtype == expected.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(logits - expected, np.float32)).max() < 0.1
+
+
+def test_numbers_may_be_numpys(model) -> None:
+    numbers: dict[str, Any] = {"max_new_tokens": np.int64(3), "seed": np.int32(-1), "top_k": np.int64(5)}
+    numbers |= {"prefill_chunk": np.int64(16)}
+    plain: dict[str, Any] = {name: int(value) for name, value in numbers.items()}
+    one = batch(model, "text")
+    got, expected = (generate(model, one, temperature=1.0, eos_token_id=(), **options) for options in (numbers, plain))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_chunk_that_is_no_power_of_two_may_take_more_than_its_bucket() -> None:
+    """What a conversation makes room for: 51 tokens in chunks of 40 are 80 columns, though their bucket is 64."""
+    assert [columns_of(51, chunk) for chunk in (None, 40, 5, 64, 1000)] == [64, 80, 55, 64, 64]
 
 
 @pytest.mark.slow

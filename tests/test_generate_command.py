@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -71,6 +72,27 @@ def test_mesh_sizes() -> None:
             parse_mesh(wrong)
 
 
+def test_a_question_that_is_no_text_costs_that_question_only(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that are not UTF-8, on standard input and on the command line."""
+    with open(os.devnull, "wb") as nowhere:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), encoding="utf-8"))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(nowhere, encoding="ascii"))
+        assert main(["generate", str(directory), "--prompt", "a\udcffb"]) == 2
+        assert "is not Unicode text" in capsys.readouterr().err
+        assert sys.stdin.readline() == "a\udcffb\n", "read as far as that, and then refused"
+        print("\N{REPLACEMENT CHARACTER}\N{CAT}")
+
+
+def test_more_than_the_memory_holds_is_one_line(directory: Path) -> None:
+    result = run(directory, "--prompt", "hi", "--max-new-tokens", str(10**12))  # more than an address space
+    assert result.returncode == 2 and not result.stdout
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: not enough memory on the device: ") and "lower --max-new-tokens" in last
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(directory: Path) -> None:
     flags = ("--image", str(CAT), "--prompt", "What is this?", "--max-new-tokens", "12", "--seed", "4")
@@ -106,6 +128,18 @@ def test_a_conversation_reads_only_what_is_new(directory: Path) -> None:
     for before, now, (new, total) in zip(answers, answers[1:], read[1:], strict=False):
         assert int(total) == int(new) + before["prompt_tokens"] + before["new_tokens"] and int(new) < int(total)
         assert now["finish_reason"] in ("stop", "length")
+
+
+def test_a_conversation_makes_room_for_its_chunks(directory: Path) -> None:
+    """The second turn's 500 to 512 tokens would fit into the first's cache of 1024, but in chunks of 500 they take 1000."""
+    from qvlmoe_jax import Processor, Qwen3VLMoeForConditionalGeneration
+    from qvlmoe_jax.chat import Chat
+
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(directory)
+    chat = Chat(model, Processor.from_pretrained(directory), {"max_new_tokens": 2, "prefill_chunk": 500, "eos_token_id": ()})
+    chat.ask([{"type": "text", "text": "x" * 300}])
+    answer = chat.ask([{"type": "text", "text": "y" * 490}])
+    assert 500 < answer.read_tokens <= 512 and answer.prompt_tokens > 800
 
 
 def test_text_comes_in_whole_characters() -> None:
@@ -155,7 +189,10 @@ def test_generation_config(tmp_path: Path) -> None:
     assert read == GenerationConfig() and hash(read) == hash(GenerationConfig()), "no reason to compile again"
     file.write_text(json.dumps({"temperature": 0.7}))
     assert GenerationConfig.from_directory(tmp_path).sampling["temperature"] == 0, "do_sample is off unless it says on"
-    for wrong in ({"eos_token_id": "x"}, {"eos_token_id": [True]}, {"temperature": "hot"}, []):
+    file.write_text(json.dumps({"do_sample": True, "top_p": 0.9}))
+    as_transformers = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
+    assert GenerationConfig.from_directory(tmp_path).sampling == as_transformers, "sampling without a temperature is not greedy"
+    for wrong in ({"eos_token_id": "x"}, {"eos_token_id": 2**31}, {"eos_token_id": [True]}, {"temperature": "hot"}, []):
         file.write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match=r"generation_config\.json: .*expected"):
             GenerationConfig.from_directory(tmp_path)

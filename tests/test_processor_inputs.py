@@ -57,6 +57,8 @@ def changed(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / file
         if isinstance(content, str):
             path.write_text(content)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
         elif content is False:
             path.unlink()
         else:
@@ -158,6 +160,16 @@ class TestDirectories:
             ("video_preprocessor_config.json", None, {"merge_size": 3}, "merge_size is 3, but config.json"),
             ("video_preprocessor_config.json", None, {"fps": -1}, "fps is -1, expected more than 0"),
             ("video_preprocessor_config.json", None, {"max_frames": 0}, "max_frames is 0, expected a positive integer"),
+            ("tokenizer_config.json", "[" * 10**5, {}, "is not JSON"),
+            ("tokenizer_config.json", None, {"image_token": 5}, "image_token is 5, expected the text of a token"),
+            ("chat_template.jinja", b"\xff\xfe", {}, "chat_template.jinja is not UTF-8 text"),
+            ("processor_config.json", '{"image_processor": 5}', {}, "image_processor is 5, expected an object"),
+            ("preprocessor_config.json", None, {"size": 5}, "size is 5, expected an object"),
+            ("preprocessor_config.json", None, {"image_mean": 5}, "image_mean is 5, expected three numbers"),
+            ("preprocessor_config.json", None, {"image_mean": ["a", "b", "c"]}, "image_mean is .* expected three numbers"),
+            ("preprocessor_config.json", None, {"image_std": [0, 0, 0]}, r"image_std is \[0, 0, 0\] .* numbers other than 0"),
+            ("preprocessor_config.json", None, {"rescale_factor": "x"}, "rescale_factor 'x', expected numbers other than 0"),
+            ("video_preprocessor_config.json", None, {"fps": "x"}, "fps is 'x', expected more than 0"),
             ("config.json", None, {"image_token_id": 5}, "but config.json's image_token_id is 5"),
         ],
     )
@@ -168,6 +180,12 @@ class TestDirectories:
         with pytest.raises(ProcessorError, match=message) as caught:
             Processor.from_pretrained(directory)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("template", [5, {"default": 5}, [{"nam": "x"}], ["x"]])
+    def test_a_template_that_is_no_text(self, changed: Callable[..., Path], template: Any) -> None:
+        changed("chat_template.jinja", False)
+        with pytest.raises(ProcessorError, match=r"chat.template .* expected .* text"):
+            Processor.from_pretrained(changed("tokenizer_config.json", chat_template=template))
 
     def test_no_directory(self, tmp_path: Path) -> None:
         with pytest.raises(ProcessorError, match="is not a directory"):
@@ -365,6 +383,18 @@ class TestTemplate:
     def test_a_template_refuses(self) -> None:
         with pytest.raises(ProcessorError, match="the chat template refuses the messages: no system"):
             self.render("{{ raise_exception('no system') }}")
+
+    @pytest.mark.parametrize(
+        "source",
+        ["{{ 1 / 0 }}", "{{ range(10**9) | list }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"],
+    )
+    def test_a_template_that_fails(self, source: str) -> None:
+        with pytest.raises(ProcessorError, match="the chat template refuses the messages"):
+            self.render(source)
+
+    def test_a_text_that_is_not_unicode(self, processor: Processor) -> None:
+        with pytest.raises(ProcessorError, match=r"'.*a\\udcffb.* is not Unicode text; expected UTF-8"):
+            processor.encode([{"role": "user", "content": "a\udcffb"}])
 
     @pytest.mark.parametrize(
         "attack",

@@ -53,6 +53,14 @@ def test_what_is_left_after_the_cuts(name: str) -> None:
     assert (left(**CUTS[name]) > 0).sum() == (exact(**CUTS[name]) > 0).sum()
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-300])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_next_to_no_temperature_is_the_likeliest(temperature: float, cut: dict[str, Any]) -> None:
+    logits = jnp.asarray(np.stack([LOGITS, LOGITS[::-1], 100 + LOGITS, LOGITS - 100]))
+    got = choose(logits, Sampling.of(temperature=temperature, **cut), 0, jnp.zeros((), jnp.int32))
+    np.testing.assert_array_equal(got, np.argmax(logits, axis=1))
+
+
 @pytest.mark.parametrize("name", CUTS)
 def test_draws_follow_the_exact_distribution(name: str) -> None:
     """Pearson's chi-square: at 5 standard deviations above its mean a right sampler fails once in a million."""
