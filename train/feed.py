@@ -25,6 +25,8 @@ class DataIterator(Protocol):
 
     def set_state(self, state: Any) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Counts:
