@@ -85,6 +85,7 @@ class ClosingData(training.ListData):
         self.closed += 1
 
 
+@pytest.mark.slow
 def test_a_run_ends_its_data_hears_sigterm_in_validation_and_keeps_its_config_when_it_refuses_another(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_run_ends_its_data_hears_sigterm_in_validation_and_keeps_its_config_wh
     assert load_config(Path(config.run) / "config.yaml") == config
 
 
+@pytest.mark.slow
 def test_bad_steps_are_counted_between_the_lines(tmp_path: Path, model: Path) -> None:
     changes: dict[str, Any] = {"optimizer": {"learning_rate": 1e30, "clip_norm": None}, "metrics": {"every": 1000}}
     config = training.make_config(tmp_path / "run", model, steps=1000, max_bad_steps=2, **changes)

@@ -29,7 +29,7 @@ from train.config_tree import plain
 from train.data_config import DataConfig
 from train.errors import TrainingError
 from train.evaluate import make_evaluate, validate
-from train.feed import Counts, DataIterator, Feed, place
+from train.feed import Counts, DataIterator, Fed, Feed, Interrupted, place
 from train.flops import peak_tflops, step_flops
 from train.metrics import Metrics, memory_gib, router_load
 from train.optim import make_optimizer, schedule
@@ -222,14 +222,14 @@ def train(
             mesh=mesh,
         )
         evaluate = make_evaluate(model, chunk_tokens=config.loss.chunk_tokens, compute_dtype=compute_dtype)
-        feed = Feed(data, mesh=mesh)
-        stack.callback(feed.close)
         interrupt = Interrupt()
+        feed = Feed(data, mesh=mesh, stop=lambda: interrupt.asked)
+        stack.callback(feed.close)
         stack.enter_context(interrupt.listening())
         peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0].device_kind)
         peak_flops = None if peak is None else peak * 1e12 * jax.device_count()
 
-        interval, compiled = Interval(), None
+        interval, compiled, fed = Interval(), None, None
         for number in range(start, config.steps):
             if config.profile is not None and number == min(start + 3, config.steps - 1):
                 jax.profiler.start_trace(config.profile)
@@ -240,6 +240,9 @@ def train(
                 raise TrainingError(
                     f"the data ended after {number} of {config.steps} steps; lower steps or let the data repeat"
                 ) from None
+            except Interrupted:
+                _save_and_leave(checkpoints, number, config, state, fed)
+                return state
             if interval.metrics:  # at most one step is in flight behind the one that starts
                 jax.block_until_ready(interval.metrics[-1]["loss"])
                 _check_bad_steps(config, number, interval.metrics[-1])
@@ -269,8 +272,7 @@ def train(
                 with interval.pause():
                     checkpoints.save(done, state, {"data": _iterator_states(fed.state)}, scores)
             if interrupt.asked and not last:
-                checkpoints.wait()
-                print(f"SIGTERM: saved step {done} of {config.steps}; the same command goes on from there", flush=True)
+                _save_and_leave(checkpoints, done, config, state, fed)
                 return state
         checkpoints.wait()
         if config.checkpoint.export and jax.process_index() == 0:
@@ -288,6 +290,16 @@ def _open_run(config: TrainConfig, stack: contextlib.ExitStack) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("run directory")
+
+
+def _save_and_leave(checkpoints: Checkpoints, done: int, config: TrainConfig, state: TrainState, fed: Fed | None) -> None:
+    """The end of a run that SIGTERM stops after `done` steps, of which this process took the one fed by `fed`, or none."""
+    checkpoints.wait()
+    if fed is not None and done not in checkpoints.steps():
+        checkpoints.save(done, state, {"data": _iterator_states(fed.state)})
+        checkpoints.wait()
+    what = f"saved step {done} of {config.steps}" if done in checkpoints.steps() else "no step to save yet"
+    print(f"SIGTERM: {what}; the same command goes on from there", flush=True)
 
 
 def _check_bad_steps(config: TrainConfig, done: int, values: Mapping[str, Any]) -> None:
