@@ -65,20 +65,14 @@ def make_evaluate(model: Qwen3VLMoeForConditionalGeneration, *, chunk_tokens: in
     return evaluate
 
 
-def validate(
-    evaluate: Evaluate, state: TrainState, batches: Iterable[Batch], *, stop: Callable[[], bool] = lambda: False
-) -> dict[str, float] | None:
+def validate(evaluate: Evaluate, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """`validation_loss` (nats per target token), `token_accuracy`, `exact_match` (fraction of answers), over all batches.
 
-    Args:
-      stop: asked before each batch; True ends it with None. (SIGTERM leaves seconds, and a validation may take minutes.)
     Raises:
       TrainingError: no batch holds a target token.
     """
     total: dict[str, Any] | None = None
     for batch in batches:
-        if stop():
-            return None
         jax.block_until_ready(total)  # else batches pile up on the device, as fast as the host can make them
         sums = evaluate(state.params, state.frozen, batch)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)

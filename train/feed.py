@@ -28,6 +28,10 @@ class DataIterator(Protocol):
 
     def set_state(self, state: Any) -> None: ...
 
+
+class OpenedData(DataIterator, Protocol):
+    """With threads or workers to end."""
+
     def close(self) -> None: ...
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from train.config_tree import plain
 from train.data_config import DataConfig
 from train.errors import TrainingError
 from train.evaluate import make_evaluate, validate
-from train.feed import Counts, DataIterator, Fed, Feed, Interrupted, place
+from train.feed import Counts, DataIterator, Fed, Feed, Interrupted, OpenedData, place
 from train.flops import peak_tflops, step_flops
 from train.metrics import Metrics, memory_gib, router_load
 from train.optim import make_optimizer, schedule
@@ -148,7 +148,7 @@ def _processor(directory: Path) -> Any:
     return Processor.from_pretrained(directory)
 
 
-def open_data(config: TrainConfig, section: DataConfig) -> DataIterator:
+def open_data(config: TrainConfig, section: DataConfig) -> OpenedData:
     """The data pipeline of one section (`data` or `validation.data`) for this process."""
     from train.data import make_data
 
@@ -197,8 +197,8 @@ def train(
         )
         checkpoints = stack.enter_context(Checkpoints(config.run, config.checkpoint))
         if data is None:
-            data = open_data(config, config.data)
-            stack.callback(data.close)
+            data = opened = open_data(config, config.data)
+            stack.callback(opened.close)
         if validation is None and config.validation is not None:
             _open_validation(config).close()  # what is wrong with it is said now, not at the first validation
         restored = checkpoints.restore(state)
@@ -263,10 +263,9 @@ def train(
                 _check_bad_steps(config, done, values)
             scores = None
             if config.validation is not None and (done % config.validation.every == 0 or last):
-                with interval.pause(), contextlib.closing(_validation_batches(config, mesh, validation)) as batches:
-                    scores = validate(evaluate, state, batches, stop=lambda: interrupt.asked and not last)  # noqa: B023
-                    if scores is not None:
-                        metrics.write("validation", done, scores, show=SHOWN_VALIDATION)
+                with interval.pause(), contextlib.suppress(Interrupted):
+                    scores = validate(evaluate, state, _validation_batches(config, mesh, validation, interrupt))
+                    metrics.write("validation", done, scores, show=SHOWN_VALIDATION)
             every = config.checkpoint.every
             if last or interrupt.asked or (every and done % every == 0):
                 with interval.pause():
@@ -310,19 +309,22 @@ def _check_bad_steps(config: TrainConfig, done: int, values: Mapping[str, Any]) 
         )
 
 
-def _open_validation(config: TrainConfig) -> DataIterator:
+def _open_validation(config: TrainConfig) -> OpenedData:
     assert config.validation is not None
     section = config.validation.data
     return open_data(config, dataclasses.replace(section, epochs=1) if config.validation.batches is None else section)
 
 
 def _validation_batches(
-    config: TrainConfig, mesh: Mesh | None, validation: Callable[[], Iterable[Batch]] | None
-) -> Generator[Batch, None, None]:
+    config: TrainConfig, mesh: Mesh | None, validation: Callable[[], Iterable[Batch]] | None, interrupt: Interrupt
+) -> Iterator[Batch]:
+    """The held-out batches; `Interrupted` ends them on SIGTERM, which leaves seconds where a validation may take minutes."""
     assert config.validation is not None
     batches: Any = _open_validation(config) if validation is None else iter(validation())
     try:
         for batch in itertools.islice(batches, config.validation.batches):
+            if interrupt.asked:
+                raise Interrupted
             yield place(batch, mesh)
     finally:
         getattr(batches, "close", lambda: None)()
