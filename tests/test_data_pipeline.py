@@ -144,6 +144,16 @@ def test_data_without_one_good_record_are_an_error_not_an_endless_search(folder:
             next(data)
 
 
+def test_a_position_past_the_end_of_other_data_is_refused(folder: Path) -> None:
+    path = write_jsonl(folder / "four.jsonl", [text_record(str(i), "yes") for i in range(4)])
+    with contextlib.closing(open_data(config(path, epochs=1, shuffle=False))) as data:
+        data.set_state({"next": 4, "waiting": [3], "bad": {}})
+        assert list(questions(next(data))) == ["3"]
+        for state in ({"next": 5, "waiting": [], "bad": {}}, {"next": 4, "waiting": [4], "bad": {}}):
+            with pytest.raises(TrainingError, match="after 5 records of this process's data, which now has 4"):
+                data.set_state(state)
+
+
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_resume_is_exact_at_every_batch(folder: Path, prefetch: int) -> None:
     path = write_jsonl(folder / "resume.jsonl", records(61, every_broken=15))

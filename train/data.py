@@ -167,6 +167,12 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._close_stream()
+        furthest = max([int(state["next"]) - 1, *state["waiting"]])
+        if furthest >= len(self._documents):
+            raise TrainingError(
+                f"the checkpoint was made after {furthest + 1} records of this process's data, which now has "
+                f"{len(self._documents)}; expected the data it was made with, or more"
+            )
         self._next, self._bad = int(state["next"]), dict(state["bad"])
         self._waiting = [(position, self._documents[position]) for position in state["waiting"]]
 
