@@ -159,9 +159,14 @@ def test_the_given_cache_survives_an_interruption(model) -> None:
 SIZES = [{"expert": 2, "tensor": 2, "fsdp": 2}, {"expert": 8}, {"tensor": 2, "data": 2}, {"fsdp": 4, "context": 2}]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        pytest.param(sizes, rows, marks=pytest.mark.slow if (rows == 4) == (i < 2) else pytest.mark.soak, id=f"{sizes}-{rows}")
+        for i, sizes in enumerate(SIZES)
+        for rows in (1, 4)
+    ],
+)
 def test_sharded_is_single(model, sizes: Any, rows: int) -> None:
     names = ("image", "mixed", "video", "long text")[:rows]
     expected = generate(model, batch(model, *names), max_new_tokens=16, eos_token_id=())

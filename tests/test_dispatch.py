@@ -166,5 +166,6 @@ def test_auto_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.getMessage() for r in caplog.records] == [
         "experts kernel: tiles (auto on cpu)",
         "experts kernel: ragged_dot (auto on tpu)",
+        "attention kernel: splash (auto on tpu)",
         "attention kernel: chunked (auto, 4096 queries)",
     ]

@@ -133,9 +133,14 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("torch", [True, False], ids=["torch", "no torch"])
+@pytest.mark.parametrize(
+    ("kind", "torch"),
+    [
+        pytest.param(kind, torch, marks=pytest.mark.slow if torch == (i == 0) else pytest.mark.soak)
+        for i, kind in enumerate(KINDS)
+        for torch in (True, False)
+    ],
+)
 def test_any_checkpoint(clone: Path, kind: str, torch: bool) -> None:
     """A dense one from Hugging Face's files, a sparse one converted; torch hidden from Python where it must do without."""
     if torch and not importlib.util.find_spec("torch"):

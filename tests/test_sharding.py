@@ -178,7 +178,7 @@ def test_two_shardings_one_answer(sizes: dict[str, Any], groups: int) -> None:
     _agrees(sizes, model, groups, (np.asarray(logits), float(aux)))
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # test_mesh_training has the training step's gradients on these meshes
 @pytest.mark.parametrize("sizes", MESHES, ids=_name)
 def test_gradients_on_a_mesh_are_one_devices(sizes: dict[str, Any], model: Qwen3VLMoeForConditionalGeneration) -> None:
     mesh = make_mesh(**sizes)
