@@ -17,6 +17,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qvlmoe_jax.errors import ConfigError
+
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH = ("data", "fsdp", "expert")
 # Parameters other than the experts have no expert dim; there the expert axis is one more axis of FSDP.
@@ -63,14 +65,14 @@ def make_mesh(
     Args:
       devices: which devices to use; None takes as many of `jax.devices()` as the sizes ask for.
     Raises:
-      ValueError: fewer devices than the product of the sizes.
+      ConfigError: fewer devices than the product of the sizes.
     """
     shape = (data, fsdp, expert, tensor, context)
     wanted = math.prod(shape)
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < wanted:
         sizes = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True) if n > 1)
-        raise ValueError(f"a mesh of {sizes} needs {wanted} devices, {len(devices)} are here; lower one of the sizes")
+        raise ConfigError(f"a mesh of {sizes} needs {wanted} devices, {len(devices)} are here; lower one of the sizes")
     types = (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -131,6 +133,25 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
         for one, other in zip(first, second, strict=True)
         for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     )
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_data_without_one_good_record_are_an_error_not_an_endless_search(folder: Path, weight: float | None) -> None:
+    paths = [write_jsonl(folder / f"long{i}.jsonl", [text_record("long " * 200, "yes")] * (i + 1)) for i in range(2)]
+    sources = tuple(SourceConfig(str(path), weight=weight) for path in paths)
+    with contextlib.closing(open_data(dataclasses.replace(config(paths[0]), sources=sources))) as data:
+        with pytest.raises(TrainingError, match="all 3 records are bad, .* more than sequence_length"):
+            next(data)
+
+
+def test_a_position_past_the_end_of_other_data_is_refused(folder: Path) -> None:
+    path = write_jsonl(folder / "four.jsonl", [text_record(str(i), "yes") for i in range(4)])
+    with contextlib.closing(open_data(config(path, epochs=1, shuffle=False))) as data:
+        data.set_state({"next": 4, "waiting": [3], "bad": {}})
+        assert list(questions(next(data))) == ["3"]
+        for state in ({"next": 5, "waiting": [], "bad": {}}, {"next": 4, "waiting": [4], "bad": {}}):
+            with pytest.raises(TrainingError, match="after 5 records of this process's data, which now has 4"):
+                data.set_state(state)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

@@ -71,6 +71,12 @@ def test_a_saved_config_reads_back_the_same(tmp_path: Path) -> None:
         (["--schedule.name", "wsd"], "schedule: schedule wsd needs decay_steps"),
         (["--schedule.warmup_steps", "101"], "warmup_steps + decay_steps = 101 is more than steps = 100"),
         (["--backend.remat", "some"], "backend.remat is 'some', expected one of none, full, dots"),
+        (["--checkpoint.best", "1"], "checkpoint.best is set, but nothing tells which is best; expected a validation section"),
+        (["--checkpoint.best_metric", "accuracy"], "expected one of validation_loss, token_accuracy, exact_match"),
+        (
+            ["--validation", "{data: {sources: [{path: a.jsonl, weight: 1}]}}"],
+            "validation: batches is null, one epoch, but a mixture with weights has no end",
+        ),
         (["--mesh.fsdp", "0"], "mesh: fsdp = 0, expected more than 0"),
         (["--data.sources.3.path", "x"], "'3' is no position of a list of 1"),
         (["--steps.more", "1"], "--steps.more: steps is 100 and holds no keys"),

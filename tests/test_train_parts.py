@@ -21,7 +21,7 @@ from train.checkpoints import decode_iterator, encode_iterator, fingerprint
 from train.config import MetricsConfig
 from train.errors import TrainingError
 from train.evaluate import answers
-from train.feed import Counts, Feed, count
+from train.feed import Counts, Feed, Interrupted, count
 from train.flops import forward_flops, peak_tflops, step_flops
 from train.metrics import Metrics, read_metrics, router_load
 from train.optim import split_frozen
@@ -144,6 +144,23 @@ def test_the_feed_keeps_order_state_and_errors() -> None:
         with pytest.raises(TrainingError, match="too many bad records"):
             next(feed)
     feed.close()
+
+
+def test_a_feed_whose_data_never_come_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    never, asked = threading.Event(), threading.Event()
+
+    class Stuck(training.ListData):
+        def __next__(self) -> Any:
+            never.wait()
+            return super().__next__()
+
+    monkeypatch.setattr("train.feed.PATIENCE", 0.1)
+    feed = Feed(Stuck(training.mixed_batches(tiny.TINY, 1)), stop=asked.is_set)
+    threading.Timer(0.3, asked.set).start()
+    with pytest.raises(Interrupted):
+        next(feed)
+    feed.close()
+    never.set()
 
 
 def test_answers_are_right_only_as_a_whole() -> None:

@@ -132,14 +132,14 @@ class CheckpointConfig:
     Attributes:
       every: steps between checkpoints; the last step is always saved. 0 = only the last one.
       keep: how many of the newest stay. best: how many of the best by `best_metric` stay besides.
-      best_metric: a validation metric; a loss is best low, anything else high.
+      best_metric: a loss is best low, anything else high.
       export: write RUN/export (Hugging Face layout) at the end, in export_dtype; None = as trained.
     """
 
     every: int = 500
     keep: int = 2
     best: int = 0
-    best_metric: str = "validation_loss"
+    best_metric: Literal["validation_loss", "token_accuracy", "exact_match"] = "validation_loss"
     export: bool = True
     export_dtype: Literal["float32", "bfloat16"] | None = None
 
@@ -161,6 +161,8 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         _positive(every=self.every, batches=self.batches)
+        if self.batches is None and self.data.sources[0].weight is not None:
+            raise ConfigError("batches is null, one epoch, but a mixture with weights has no end; expected a number of batches")
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,8 @@ class TrainConfig:
         used = self.schedule.warmup_steps + (self.schedule.decay_steps or 0)
         if used > self.steps:
             raise ConfigError(f"schedule: warmup_steps + decay_steps = {used} is more than steps = {self.steps}")
+        if self.checkpoint.best and self.validation is None:
+            raise ConfigError("checkpoint.best is set, but nothing tells which is best; expected a validation section")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -46,16 +46,18 @@ def make_data(
     unit = model_config.vision_config.merge_unit
     if config.vision_rows and config.row_patches % unit:
         raise ConfigError(f"row_patches = {config.row_patches}, expected a multiple of spatial_merge_size^2 = {unit}")
-    records = _order(config, process_index, process_count)
+    records, different = _order(config, process_index, process_count)
     documents = records.map(DocumentMaker(config, model_config, processor))
-    packed: grain.IterDataset[Batch] = _PackedDataset(documents, config, lambda: Packer(config, model_config.vision_config))
+    packed: grain.IterDataset[Batch] = _PackedDataset(
+        documents, different, config, lambda: Packer(config, model_config.vision_config)
+    )
     if config.prefetch:
         packed = grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch)
     return iter(packed)
 
 
-def _order(config: DataConfig, process_index: int, process_count: int) -> grain.MapDataset[Any]:
-    """This process's records in the order it will see them, over all epochs."""
+def _order(config: DataConfig, process_index: int, process_count: int) -> tuple[grain.MapDataset[Any], int]:
+    """This process's records in the order it will see them, over all epochs; and how many different ones these are."""
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process_index = {process_index}, expected 0 .. {process_count - 1}")
 
@@ -67,33 +69,38 @@ def _order(config: DataConfig, process_index: int, process_count: int) -> grain.
         joined = shuffled(Records(config.sources, cache_dir=config.cache_dir), config.seed)
         if len(joined) < process_count:
             raise ConfigError(f"{len(joined)} records for {process_count} processes, expected at least one for each")
-        return joined[process_index::process_count].repeat(config.epochs)
+        own = joined[process_index::process_count]
+        return own.repeat(config.epochs), len(own)
     # Repeating each source for itself, with a seed of its own, keeps the weights exact however different the sizes.
-    endless = [
-        shuffled(Records([source], cache_dir=config.cache_dir), config.seed + 7919 * i).repeat()
-        for i, source in enumerate(config.sources)
-    ]
+    parts = [Records([source], cache_dir=config.cache_dir) for source in config.sources]
+    endless = [shuffled(part, config.seed + 7919 * i).repeat() for i, part in enumerate(parts)]
     mixed = grain.MapDataset.mix(endless, weights=[source.weight for source in config.sources])  # pyright: ignore[reportArgumentType]
-    return mixed[process_index::process_count]
+    return mixed[process_index::process_count], sum(map(len, parts))
 
 
 class _PackedDataset(grain.IterDataset[Batch]):
     """Documents, packed. (An `IterDataset`, so that Grain's thread can run ahead of it.)"""
 
-    def __init__(self, documents: grain.MapDataset[Document], config: DataConfig, make_packer: Callable[[], Packer]):
+    def __init__(
+        self, documents: grain.MapDataset[Document], different: int, config: DataConfig, make_packer: Callable[[], Packer]
+    ):
         super().__init__()
-        self._documents, self._config, self._make_packer = documents, config, make_packer
+        self._documents, self._different, self._config, self._make_packer = documents, different, config, make_packer
 
     def __iter__(self) -> grain.DatasetIterator[Batch]:
-        return _PackedIterator(self._documents, self._config, self._make_packer())
+        return _PackedIterator(self._documents, self._different, self._config, self._make_packer())
 
 
 class _PackedIterator(grain.DatasetIterator[Batch]):
     """Reads documents in order and packs them. Positions count documents of this process since the first epoch's start."""
 
-    def __init__(self, documents: grain.MapDataset[Document], config: DataConfig, packer: Packer):
+    def __init__(self, documents: grain.MapDataset[Document], different: int, config: DataConfig, packer: Packer):
+        """
+        Args:
+          different: how many of the documents are not repetitions.
+        """
         super().__init__()
-        self._documents, self._config, self._packer = documents, config, packer
+        self._documents, self._different, self._config, self._packer = documents, different, config, packer
         self._next = 0
         self._waiting: list[tuple[int, Document]] = []  # documents that the last batch had no room for, in order
         self._bad: dict[str, str] = {}
@@ -135,6 +142,8 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
         if len(self._bad) > limit:
             newest = "; ".join(f"{name} {error}" for name, error in list(self._bad.items())[-3:])
             raise TrainingError(f"{len(self._bad)} bad records, more than max_bad_records = {limit}. The last: {newest}")
+        if len(self._bad) == self._different:  # else an endless repetition would be searched for a good one, endlessly
+            raise TrainingError(f"all {self._different} records are bad, expected one to train on. The last: {name} {error}")
 
     def _open_stream(self) -> grain.DatasetIterator[Document]:
         if self._stream is None:
@@ -158,6 +167,12 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._close_stream()
+        furthest = max([int(state["next"]) - 1, *state["waiting"]])
+        if furthest >= len(self._documents):
+            raise TrainingError(
+                f"the checkpoint was made after {furthest + 1} records of this process's data, which now has "
+                f"{len(self._documents)}; expected the data it was made with, or more"
+            )
         self._next, self._bad = int(state["next"]), dict(state["bad"])
         self._waiting = [(position, self._documents[position]) for position in state["waiting"]]
 

@@ -73,6 +73,7 @@ def validate(evaluate: Evaluate, state: TrainState, batches: Iterable[Batch]) ->
     """
     total: dict[str, Any] | None = None
     for batch in batches:
+        jax.block_until_ready(total)  # else batches pile up on the device, as fast as the host can make them
         sums = evaluate(state.params, state.frozen, batch)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     sums = {} if total is None else {key: float(value) for key, value in jax.device_get(total).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from jax.sharding import Mesh
 from qvlmoe_jax import Batch
 from qvlmoe_jax.sharding import shard_batch
 
+PATIENCE = 5.0  # seconds
+
 
 class DataIterator(Protocol):
     """Grain's protocol."""
@@ -24,6 +27,12 @@ class DataIterator(Protocol):
     def get_state(self) -> Any: ...
 
     def set_state(self, state: Any) -> None: ...
+
+
+class OpenedData(DataIterator, Protocol):
+    """With threads or workers to end."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -86,15 +95,23 @@ def place(batch: Batch, mesh: Mesh | None) -> Batch:
     return jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
 
 
+class Interrupted(Exception):
+    """The loop was asked to stop while it waited for data."""
+
+
 class Feed:
     """Reads ahead of the training loop in one thread.
 
     Iterating gives `Fed`s in order; an error of the iterator is raised where its batch would have come. `waited` is the time
-    the loop stood still for data, in seconds.
+    the loop stood still for data, in seconds. When `stop` says so while there is no batch yet, `Interrupted` is raised: data that
+    never come must not keep a run from leaving.
     """
 
-    def __init__(self, iterator: DataIterator, *, mesh: Mesh | None = None, ahead: int = 2):
+    def __init__(
+        self, iterator: DataIterator, *, mesh: Mesh | None = None, ahead: int = 2, stop: Callable[[], bool] = lambda: False
+    ):
         self.waited = 0.0
+        self._asked = stop
         self._iterator, self._mesh = iterator, mesh
         self._queue: queue.Queue[Fed | BaseException] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
@@ -106,7 +123,13 @@ class Feed:
 
     def __next__(self) -> Fed:
         start = time.perf_counter()
-        item = self._queue.get()
+        while True:
+            try:
+                item = self._queue.get(timeout=0.2)
+                break
+            except queue.Empty:
+                if self._asked():
+                    raise Interrupted from None
         self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
             self._queue.put(item)  # the next call gets it too
@@ -114,9 +137,10 @@ class Feed:
         return item
 
     def close(self) -> None:
-        """Stops reading; waits for the batch being read."""
+        """Stops reading; waits for the batch being read, but not for ever."""
         self._stop.set()
-        while self._thread.is_alive():
+        patience = time.perf_counter() + PATIENCE
+        while self._thread.is_alive() and time.perf_counter() < patience:
             try:
                 self._queue.get_nowait()
             except queue.Empty:

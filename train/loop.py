@@ -10,7 +10,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from train.config_tree import plain
 from train.data_config import DataConfig
 from train.errors import TrainingError
 from train.evaluate import make_evaluate, validate
-from train.feed import Counts, DataIterator, Feed, place
+from train.feed import Counts, DataIterator, Fed, Feed, Interrupted, OpenedData, place
 from train.flops import peak_tflops, step_flops
 from train.metrics import Metrics, memory_gib, router_load
 from train.optim import make_optimizer, schedule
-from train.run_files import EXPORT_DIR, HF_DIR, export, side_directory, start_run
+from train.run_files import EXPORT_DIR, HF_DIR, export, only_writer, save_config, side_directory, start_run
 from train.state import TrainState, all_params, init_state
 from train.step import make_train_step
 
@@ -148,7 +148,7 @@ def _processor(directory: Path) -> Any:
     return Processor.from_pretrained(directory)
 
 
-def open_data(config: TrainConfig, section: DataConfig) -> DataIterator:
+def open_data(config: TrainConfig, section: DataConfig) -> OpenedData:
     """The data pipeline of one section (`data` or `validation.data`) for this process."""
     from train.data import make_data
 
@@ -179,10 +179,8 @@ def train(
       ConfigError, CheckpointError, TrainingError: what is wrong, in a line.
     """
     mesh = open_mesh(config)
-    changed = start_run(config)
-    for line in changed:
-        log.warning("resuming with another config: %s", line)
     with contextlib.ExitStack() as stack:
+        _open_run(config, stack)
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         model, make_params = open_model(config, mesh)
@@ -198,12 +196,18 @@ def train(
             mesh=mesh,
         )
         checkpoints = stack.enter_context(Checkpoints(config.run, config.checkpoint))
-        data = open_data(config, config.data) if data is None else data
+        if data is None:
+            data = opened = open_data(config, config.data)
+            stack.callback(opened.close)
+        if validation is None and config.validation is not None:
+            _open_validation(config).close()  # what is wrong with it is said now, not at the first validation
         restored = checkpoints.restore(state)
         if restored is not None:
             state, loop = restored
             data.set_state(decode_iterator(loop["data"][jax.process_index()]))
             log.warning("resumed from the checkpoint of step %d", int(state.step))
+        if jax.process_index() == 0:
+            save_config(config)
         start = int(state.step)
         metrics = Metrics(config.run, config.metrics, plain(config), resume_step=start)
         stack.callback(metrics.close)
@@ -218,14 +222,14 @@ def train(
             mesh=mesh,
         )
         evaluate = make_evaluate(model, chunk_tokens=config.loss.chunk_tokens, compute_dtype=compute_dtype)
-        feed = Feed(data, mesh=mesh)
-        stack.callback(feed.close)
         interrupt = Interrupt()
+        feed = Feed(data, mesh=mesh, stop=lambda: interrupt.asked)
+        stack.callback(feed.close)
         stack.enter_context(interrupt.listening())
         peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0].device_kind)
         peak_flops = None if peak is None else peak * 1e12 * jax.device_count()
 
-        interval, compiled = Interval(), None
+        interval, compiled, fed = Interval(), None, None
         for number in range(start, config.steps):
             if config.profile is not None and number == min(start + 3, config.steps - 1):
                 jax.profiler.start_trace(config.profile)
@@ -236,8 +240,12 @@ def train(
                 raise TrainingError(
                     f"the data ended after {number} of {config.steps} steps; lower steps or let the data repeat"
                 ) from None
+            except Interrupted:
+                _save_and_leave(checkpoints, number, config, state, fed)
+                return state
             if interval.metrics:  # at most one step is in flight behind the one that starts
                 jax.block_until_ready(interval.metrics[-1]["loss"])
+                _check_bad_steps(config, number, interval.metrics[-1])
             if compiled is None:
                 feed.waited = 0.0  # opening the data is not waiting for it
                 with interval.pause():
@@ -252,24 +260,18 @@ def train(
                 values = interval.summary(feed.waited, peak_flops)
                 feed.waited, interval = 0.0, Interval()
                 metrics.write("train", done, values, show=SHOWN)
-                if values["bad_in_a_row"] >= config.max_bad_steps:
-                    raise TrainingError(
-                        f"{values['bad_in_a_row']} steps in a row had a loss or gradient that is not finite (max_bad_steps = "
-                        f"{config.max_bad_steps}); lower the learning rate, or look at the data around step {done}"
-                    )
+                _check_bad_steps(config, done, values)
             scores = None
             if config.validation is not None and (done % config.validation.every == 0 or last):
-                with interval.pause():
-                    batches = _validation_batches(config, mesh, validation)
-                    scores = validate(evaluate, state, batches)
+                with interval.pause(), contextlib.suppress(Interrupted):
+                    scores = validate(evaluate, state, _validation_batches(config, mesh, validation, interrupt))
                     metrics.write("validation", done, scores, show=SHOWN_VALIDATION)
             every = config.checkpoint.every
             if last or interrupt.asked or (every and done % every == 0):
                 with interval.pause():
                     checkpoints.save(done, state, {"data": _iterator_states(fed.state)}, scores)
             if interrupt.asked and not last:
-                checkpoints.wait()
-                print(f"SIGTERM: saved step {done} of {config.steps}; the same command goes on from there", flush=True)
+                _save_and_leave(checkpoints, done, config, state, fed)
                 return state
         checkpoints.wait()
         if config.checkpoint.export and jax.process_index() == 0:
@@ -277,18 +279,52 @@ def train(
         return state
 
 
-def _validation_batches(
-    config: TrainConfig, mesh: Mesh | None, validation: Callable[[], Iterable[Batch]] | None
-) -> Iterator[Batch]:
+def _open_run(config: TrainConfig, stack: contextlib.ExitStack) -> None:
+    """The run's directory and files, by process 0; the others wait for them."""
+    if jax.process_index() == 0:
+        stack.enter_context(only_writer(Path(config.run)))
+        for line in start_run(config):
+            log.warning("resuming with another config: %s", line)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("run directory")
+
+
+def _save_and_leave(checkpoints: Checkpoints, done: int, config: TrainConfig, state: TrainState, fed: Fed | None) -> None:
+    """The end of a run that SIGTERM stops after `done` steps, of which this process took the one fed by `fed`, or none."""
+    checkpoints.wait()
+    if fed is not None and done not in checkpoints.steps():
+        checkpoints.save(done, state, {"data": _iterator_states(fed.state)})
+        checkpoints.wait()
+    what = f"saved step {done} of {config.steps}" if done in checkpoints.steps() else "no step to save yet"
+    print(f"SIGTERM: {what}; the same command goes on from there", flush=True)
+
+
+def _check_bad_steps(config: TrainConfig, done: int, values: Mapping[str, Any]) -> None:
+    if int(values["bad_in_a_row"]) >= config.max_bad_steps:
+        raise TrainingError(
+            f"{int(values['bad_in_a_row'])} steps in a row had a loss or gradient that is not finite (max_bad_steps = "
+            f"{config.max_bad_steps}); lower the learning rate, or look at the data around step {done}"
+        )
+
+
+def _open_validation(config: TrainConfig) -> OpenedData:
     assert config.validation is not None
-    batches: Any
-    if validation is not None:
-        batches = iter(validation())
-    else:
-        section = config.validation.data
-        batches = open_data(config, dataclasses.replace(section, epochs=1) if config.validation.batches is None else section)
+    section = config.validation.data
+    return open_data(config, dataclasses.replace(section, epochs=1) if config.validation.batches is None else section)
+
+
+def _validation_batches(
+    config: TrainConfig, mesh: Mesh | None, validation: Callable[[], Iterable[Batch]] | None, interrupt: Interrupt
+) -> Iterator[Batch]:
+    """The held-out batches; `Interrupted` ends them on SIGTERM, which leaves seconds where a validation may take minutes."""
+    assert config.validation is not None
+    batches: Any = _open_validation(config) if validation is None else iter(validation())
     try:
         for batch in itertools.islice(batches, config.validation.batches):
+            if interrupt.asked:
+                raise Interrupted
             yield place(batch, mesh)
     finally:
         getattr(batches, "close", lambda: None)()

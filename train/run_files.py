@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,13 @@ from qvlmoe_jax import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.checkpoint import TrainedWeights, is_training_checkpoint, load_params, newest_step, open_weights
 from qvlmoe_jax.errors import CheckpointError, ConfigError
 from qvlmoe_jax.param_tree import flatten, nest
-from qvlmoe_jax.whole_directory import whole_directory
+from qvlmoe_jax.whole_directory import REPLACED, whole_directory
 from train.config import TrainConfig, dump_config
 from train.config_tree import changes, plain
+from train.errors import TrainingError
 
 CONFIG_FILE, HF_DIR, EXPORT_DIR = "config.yaml", "hf", "export"
+EXPORTING, PARTIAL = ".exporting", ".partial"
 _SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
 
@@ -40,8 +45,35 @@ def copy_side_files(source: Path, destination: Path) -> None:
             shutil.copyfile(path, destination / path.name)
 
 
+@contextlib.contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Makes the run directory and holds it: two programs that write one run would spoil both.
+
+    The lock is the kernel's, on the directory itself: it leaves no file, and ends with the process however that ends.
+
+    Raises:
+      TrainingError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"run = {run} is in use by another process, expected one program per run; wait for it or choose another run"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def start_run(config: TrainConfig) -> list[str]:
-    """Makes the run directory, or finds it; saves the resolved config and the side files.
+    """Fills a new run directory with the resolved config and the side files, or finds them. Call it inside `only_writer`.
+
+    Each appears by one rename, and what a killed process left half done goes: a run killed at any moment can be started again.
 
     Returns:
       for a run that was there: what its config has changed since, a line each.
@@ -53,13 +85,29 @@ def start_run(config: TrainConfig) -> list[str]:
     changed = []
     if file.exists():
         changed = changes(yaml.safe_load(file.read_text(encoding="utf-8")), plain(config))
-    elif run.exists() and any(run.iterdir()):
+    elif any(path.name != CONFIG_FILE + PARTIAL for path in run.iterdir()):
         raise ConfigError(f"run = {run} is not empty and no training run (no {CONFIG_FILE}), expected a new directory")
-    run.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_config(config), encoding="utf-8")
-    if not (run / HF_DIR / "config.json").exists():
-        copy_side_files(side_directory(config.model.path), run / HF_DIR)
+    else:
+        save_config(config)
+    if not (run / HF_DIR).exists():
+        partial = run / (HF_DIR + PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        copy_side_files(side_directory(config.model.path), partial)
+        partial.rename(run / HF_DIR)
+    shutil.rmtree(run / (EXPORT_DIR + EXPORTING), ignore_errors=True)
+    replaced, exported = run / (EXPORT_DIR + REPLACED), run / EXPORT_DIR
+    if replaced.exists() and not exported.exists():
+        replaced.rename(exported)
+    shutil.rmtree(replaced, ignore_errors=True)
     return changed
+
+
+def save_config(config: TrainConfig) -> None:
+    """Writes the resolved config into the run, whole or not at all. A resumed run's changed config is saved once it fits."""
+    file = Path(config.run) / CONFIG_FILE
+    partial = file.with_name(CONFIG_FILE + PARTIAL)
+    partial.write_text(dump_config(config), encoding="utf-8")
+    os.replace(partial, file)
 
 
 def export(
@@ -68,7 +116,7 @@ def export(
     """Writes parameters in the hub's layout with the run's side files; the directory is replaced whole or not at all."""
     flat = flatten(params)
     cast = nest({path: leaf if dtype is None else jnp.asarray(leaf, dtype) for path, leaf in flat.items()})
-    with whole_directory(destination, suffix=".exporting", overwrite=destination.exists()) as staging:
+    with whole_directory(destination, suffix=EXPORTING, overwrite=destination.exists()) as staging:
         model.with_params(cast).save_pretrained(staging)
         for path in (run / HF_DIR).iterdir():
             if path.name != "config.json":  # written with the weights' dtype

@@ -1,0 +1,125 @@
+"""A run's directory: one program at a time, nothing half made, and an end in time and in order."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvlmoe_jax import Batch
+from qvlmoe_jax.errors import ConfigError
+from tests import tiny, training
+from train import loop
+from train.config import load_config
+from train.errors import TrainingError
+from train.run_files import only_writer, start_run
+
+MODEL = tiny.variant(
+    training.SMALL, text_config={"num_hidden_layers": 1}, vision_config={"depth": 1, "deepstack_visual_indexes": [0]}
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = training.write_model(tmp_path / "model", MODEL)
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def test_one_program_per_run(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "run"):
+        with pytest.raises(TrainingError, match="is in use by another process"), only_writer(tmp_path / "run"):
+            pass
+        with only_writer(tmp_path / "other"):
+            pass
+    with only_writer(tmp_path / "run"):
+        pass
+
+
+def test_a_run_killed_while_it_made_its_files_starts_again(tmp_path: Path, model: Path) -> None:
+    config = training.make_config(tmp_path / "run", model)
+    run = Path(config.run)
+    (run / "hf.partial").mkdir(parents=True)
+    (run / "hf.partial" / "config.json").touch()  # cut short: the tokenizer never came
+    (run / "config.yaml.partial").write_text("run: ")
+    with pytest.raises(ConfigError, match="is not empty and no training run"):
+        start_run(config)  # hf/ is made after config.yaml
+    (run / "hf.partial" / "config.json").unlink()
+    (run / "hf.partial").rmdir()
+    assert start_run(config) == []
+    assert load_config(run / "config.yaml") == config
+    assert {path.name for path in (run / "hf").iterdir()} == {"config.json", "tokenizer.json"}
+
+    (run / "hf").rename(run / "hf.partial")
+    (run / "hf.partial" / "tokenizer.json").unlink()
+    assert start_run(config) == []
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "hf"}
+    assert {path.name for path in (run / "hf").iterdir()} == {"config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_what_a_killed_export_left_does_not_stop_the_run(tmp_path: Path, model: Path, exported: bool) -> None:
+    config = training.make_config(tmp_path / "run", model)
+    run = Path(config.run)
+    run.mkdir()
+    start_run(config)
+    for name in ("export.exporting", "export.replaced", *(["export"] if exported else [])):
+        (run / name).mkdir()
+        (run / name / "from").write_text(name)
+    start_run(config)
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "hf", "export"}
+    assert (run / "export" / "from").read_text() == ("export" if exported else "export.replaced")
+
+
+class ClosingData(training.ListData):
+    """Counts how often it was closed."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.slow
+def test_a_run_ends_its_data_hears_sigterm_in_validation_and_keeps_its_config_when_it_refuses_another(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = training.mixed_batches(MODEL, 1)
+    opened: list[ClosingData] = []
+
+    def open_data(*_: Any) -> ClosingData:
+        opened.append(ClosingData(batches))
+        return opened[-1]
+
+    def endless() -> Iterator[Batch]:
+        for number in itertools.count():
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batches[0]
+
+    monkeypatch.setattr(loop, "open_data", open_data)
+    section = {"every": 2, "data": {"sources": [{"path": "unused.jsonl"}]}}
+    config = training.make_config(tmp_path / "run", model, steps=3, validation=section)
+    before = signal.getsignal(signal.SIGTERM)
+    state = loop.train(config, validation=endless)
+    assert int(state.step) == 2 and signal.getsignal(signal.SIGTERM) is before
+    assert [data.closed for data in opened] == [1]
+    assert [path.name for path in (Path(config.run) / "checkpoints").iterdir()] == ["2"]
+
+    other = training.make_config(tmp_path / "run", model, steps=3, optimizer={"name": "lion"})
+    with pytest.raises(TrainingError, match="use another run directory for a changed config"):
+        loop.train(other)
+    assert load_config(Path(config.run) / "config.yaml") == config
+
+
+@pytest.mark.slow
+def test_bad_steps_are_counted_between_the_lines(tmp_path: Path, model: Path) -> None:
+    changes: dict[str, Any] = {"optimizer": {"learning_rate": 1e30, "clip_norm": None}, "metrics": {"every": 1000}}
+    config = training.make_config(tmp_path / "run", model, steps=1000, max_bad_steps=2, **changes)
+    with pytest.raises(TrainingError, match=r"^2 steps in a row had .* around step [3-9]$"):
+        loop.train(config, data=training.ListData(training.mixed_batches(MODEL, 4)))
