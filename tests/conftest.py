@@ -8,7 +8,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a mistake
 
-from collections.abc import Callable
+import gc
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -29,6 +33,24 @@ def record(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
         values[what] = max(float(value), values.get(what, 0.0))
 
     return keep
+
+
+_FINISHED = itertools.count(1)
+MOST_MAPS = 30_000
+"""Linux allows a process 65,530 memory maps, XLA takes several for each compiled program, and past the limit it aborts."""
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs_fit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forgets all compiled programs before they are too many for one process."""
+    yield
+    maps = Path("/proc/self/maps")
+    looked_at = request.node.get_closest_marker("slow") or next(_FINISHED) % 40 == 0
+    if looked_at and "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
