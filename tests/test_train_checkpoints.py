@@ -31,7 +31,7 @@ def small_state(optimizer: Any = "adamw", freeze: tuple[str, ...] = ()) -> Train
         ("exact_match", [0.1, None, 0.05, None], [1, 4]),
     ],
 )
-def test_the_newest_and_the_best_stay(tmp_path: Path, metric: str, values: list[float | None], kept: list[int]) -> None:
+def test_the_newest_and_the_best_stay(tmp_path: Path, metric: Any, values: list[float | None], kept: list[int]) -> None:
     state = small_state()
     with Checkpoints(tmp_path, CheckpointConfig(keep=1, best=1, best_metric=metric)) as checkpoints:
         for step, value in enumerate(values, start=1):
