@@ -205,24 +205,14 @@ def write_units(weights: HFWeights, units: list[Unit], work: WorkDirectory, repo
         report(f"{human_bytes(total - left)} of {human_bytes(total)} are there already")
     unit_of = {piece.file: unit for unit in todo for piece in unit.pieces}
     waiting = {unit.name: len(unit.pieces) for unit in todo}
-    with (
-        Progress(total, report, already=total - left) as progress,
-        ThreadPoolExecutor(1) as summing,
-        ThreadPoolExecutor(1) as syncing,
-    ):
+    with Progress(total, report, already=total - left) as progress, ThreadPoolExecutor(1) as pool:
         sums: dict[str, Future[dict[str, str]]] = {}
-        journalled: list[Future[None]] = []
 
         def data() -> Iterator[tuple[Piece, np.ndarray]]:
             for unit in todo:
-                sums[unit.name] = summing.submit(checksums, weights, unit.rows)
+                sums[unit.name] = pool.submit(checksums, weights, unit.rows)
                 for piece in unit.pieces:
                     yield piece, weights.read(piece.leaf.path, piece.index, piece.leaf.dtype, copy=False)
-
-        def journal(unit: Unit) -> None:
-            for piece in unit.pieces:
-                writer.sync(piece)
-            work.record(unit.name, sums.pop(unit.name).result())
 
         try:
             for piece in writer.write(data()):
@@ -230,12 +220,9 @@ def write_units(weights: HFWeights, units: list[Unit], work: WorkDirectory, repo
                 unit = unit_of[piece.file]
                 waiting[unit.name] -= 1
                 if not waiting[unit.name]:
-                    journalled.append(syncing.submit(journal, unit))
-            for future in journalled:
-                future.result()
+                    work.record(unit.name, sums.pop(unit.name).result())
         except BaseException:
-            for pool in (summing, syncing):
-                pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
         return progress.peak
 

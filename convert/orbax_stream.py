@@ -9,7 +9,6 @@ several processes write side by side, and there is no database to merge afterwar
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from convert.zarr_file import write_zarr_file
 from qvlmoe_jax.checkpoint import ARRAYS_DIR
 from qvlmoe_jax.orbax_store import store_spec
 from qvlmoe_jax.param_tree import nest
+from qvlmoe_jax.zarr_files import INDEX, RAW
 
 WRITES_IN_FLIGHT = 2
 
@@ -121,8 +121,7 @@ class LeafWriter:
         """Writes the array's `zarr.json`, or checks the one that is there against the plan."""
         import tensorstore as ts
 
-        raw = [{"name": "bytes", "configuration": {"endian": "little"}}]
-        sharding = {"chunk_shape": leaf.chunks.chunk, "codecs": raw, "index_codecs": [*raw, {"name": "crc32c"}]}
+        sharding = {"chunk_shape": leaf.chunks.chunk, "codecs": RAW, "index_codecs": INDEX}
         metadata: dict[str, Any] = {
             "shape": leaf.shape,
             "data_type": leaf.dtype.name,
@@ -135,11 +134,6 @@ class LeafWriter:
     def done(self, piece: Piece) -> bool:
         """The piece's file is there, and so is whole."""
         return (self.directory / piece.file).is_file()
-
-    def sync(self, piece: Piece) -> None:
-        """Waits until the piece's file is on the disk, so that not even a power cut loses it."""
-        with (self.directory / piece.file).open("rb") as file:
-            os.fsync(file.fileno())
 
     def write(self, data: Iterable[tuple[Piece, np.ndarray]]) -> Iterator[Piece]:
         """Writes each array as its piece; yields the pieces once their files are there."""

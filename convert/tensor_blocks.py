@@ -17,7 +17,9 @@ def tensor_blocks(weights: Weights, row: Row, dtype: np.dtype) -> Iterator[np.nd
     """Contiguous arrays whose bytes, one after another, are the tensor `row.key` in `dtype` and the hub's orientation."""
     outer = row.split[0]
     row_bytes = max(1, int(np.prod(row.split[1:], dtype=np.int64)) * dtype.itemsize)
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = (
+        1 << max(1, BLOCK_BYTES // row_bytes).bit_length() - 1
+    )  # a power of two, as what our files hold: blocks do not cross them
     for start in range(0, outer, step):
         stop = min(start + step, outer)
         index = row.hf_rows(start, stop)
@@ -26,6 +28,9 @@ def tensor_blocks(weights: Weights, row: Row, dtype: np.dtype) -> Iterator[np.nd
         # to_hf for this run of the outermost dim
         shape = tuple(stop - start if axis == 0 else row.split[axis] for axis in row.axes)
         turned = part.reshape(shape).transpose(np.argsort(row.axes))
+        if turned.flags.c_contiguous:
+            yield turned
+            continue
         block = np.empty(turned.shape, dtype)
         copy_into(block, turned)
         yield block

@@ -17,7 +17,7 @@ from typing import Any
 
 from convert.zarr_file import PART_SUFFIX
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.whole_directory import replace_directory, sync_tree
+from qvlmoe_jax.whole_directory import replace_directory
 
 SUFFIX = ".converting"
 RESULT = "result"
@@ -44,19 +44,21 @@ class WorkDirectory:
     Attributes:
       path: the directory.
       result: what will be DST.
-      finished: unit name -> checksums of its tensors, of the units this worker has journalled, in this run or an earlier one.
+      finished: unit name -> checksums of its tensors, of the units that this worker has journalled since the machine was started.
+        (What was written before that may not have reached the disk, and is written again.)
     """
 
     def __init__(self, path: Path, worker: int, workers: int):
         self.path, self.worker, self.workers = path, worker, workers
         self.result = path / RESULT
         self._journal = path / f"worker-{worker}.jsonl"
-        self.finished = _read_journal(self._journal)
+        self._boot = _boot_id()
+        self.finished = _read_journal(self._journal, self._boot)
 
     def record(self, unit: str, checksums: Mapping[str, str]) -> None:
         """Journals a unit whose files are all written."""
         with self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"unit": unit, "crc32": checksums}) + "\n")
+            file.write(json.dumps({"unit": unit, "boot": self._boot, "crc32": checksums}) + "\n")
         self.finished[unit] = dict(checksums)
 
     def finish(self, destination: Path, complete: Callable[[dict[str, str]], None], *, overwrite: bool) -> bool:
@@ -78,7 +80,7 @@ class WorkDirectory:
                 for pattern in ("*.__lock", f"*{PART_SUFFIX}"):  # TensorStore's and our own, of writes that were killed
                     for stray in self.result.rglob(pattern):
                         stray.unlink()
-                sync_tree(self.result)
+                os.sync()  # a rename must not outlive what it names
                 if overwrite:
                     replace_directory(self.result, destination)
                 else:
@@ -91,7 +93,14 @@ class WorkDirectory:
             raise
 
 
-def _read_journal(path: Path) -> dict[str, dict[str, str]]:
+def _boot_id() -> str:
+    """Names the time since this machine was started; empty where the system has no name for it."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _read_journal(path: Path, boot: str | None = None) -> dict[str, dict[str, str]]:
+    """Unit -> checksums; with `boot`, of that boot only."""
     if not path.exists():
         return {}
     units = {}
@@ -100,7 +109,8 @@ def _read_journal(path: Path) -> dict[str, dict[str, str]]:
             entry = json.loads(line)
         except ValueError:  # the line that was being written when the run was killed
             continue
-        units[entry["unit"]] = entry["crc32"]
+        if boot is None or entry["boot"] == boot:
+            units[entry["unit"]] = entry["crc32"]
     return units
 
 

@@ -8,43 +8,15 @@ little-endian uint64, all ones for a chunk past the array's end, and ends with i
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-ABSENT = np.uint64(2**64 - 1)
+from qvlmoe_jax.file_copy import write_array
+from qvlmoe_jax.zarr_files import ABSENT, crc32c, in_memory_order
+
 PART_SUFFIX = ".part"
-
-
-def _crc32c_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
-
-
-_TABLE = _crc32c_table()
-
-
-def crc32c(data: bytes) -> int:
-    """The Castagnoli CRC of a few kilobytes (RFC 3720, B.4)."""
-    value = 0xFFFFFFFF
-    for byte in data:
-        value = _TABLE[(value ^ byte) & 0xFF] ^ value >> 8
-    return value ^ 0xFFFFFFFF
-
-
-def _in_memory_order(array: np.ndarray, chunk: Sequence[int]) -> bool:
-    """The chunks, one after another, are the array's own bytes."""
-    if not array.flags.c_contiguous or any(size % step for size, step in zip(array.shape, chunk, strict=True)):
-        return False
-    cut = next((dim for dim, step in enumerate(chunk) if step != 1), len(chunk))
-    return all(step == size for size, step in list(zip(array.shape, chunk, strict=True))[cut + 1 :])
 
 
 def _chunks(array: np.ndarray, chunk: Sequence[int], grid: Sequence[int]) -> Iterator[np.ndarray | None]:
@@ -74,25 +46,19 @@ def write_zarr_file(path: Path, array: np.ndarray, file_shape: Sequence[int], ch
     part = path.with_name(path.name + PART_SUFFIX)
     try:
         with part.open("wb", buffering=0) as file:
-            if tuple(array.shape) == tuple(file_shape) and _in_memory_order(array, chunk):
+            if tuple(array.shape) == tuple(file_shape) and array.flags.c_contiguous and in_memory_order(array.shape, chunk):
                 size = int(np.prod(chunk, dtype=np.int64)) * array.itemsize
                 index = [(i * size, size) for i in range(int(np.prod(grid, dtype=np.int64)))]
-                _write(file.fileno(), plain)
+                write_array(file.fileno(), plain)
             else:
                 for piece in _chunks(plain, chunk, grid):
                     index.append((ABSENT, ABSENT) if piece is None else (end, piece.nbytes))
                     if piece is not None:
-                        _write(file.fileno(), piece)
+                        write_array(file.fileno(), piece)
                         end += piece.nbytes
             table = np.array(index, "<u8").tobytes()
-            _write(file.fileno(), np.frombuffer(table + crc32c(table).to_bytes(4, "little"), np.uint8))
+            write_array(file.fileno(), np.frombuffer(table + crc32c(table).to_bytes(4, "little"), np.uint8))
         part.rename(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-
-
-def _write(descriptor: int, array: np.ndarray) -> None:
-    data = array.reshape(-1).view(np.uint8).data
-    while data:  # Linux writes at most 2 GiB at once
-        data = data[os.write(descriptor, data) :]

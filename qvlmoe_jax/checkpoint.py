@@ -69,7 +69,7 @@ class ParamStore:
         Raises:
           CheckpointError: the data is missing or damaged.
         """
-        array = self._arrays.read(path, index)
+        array = self._arrays.read(path, index, copy=copy)
         return array if dtype is None else array.astype(dtype, copy=False)
 
 

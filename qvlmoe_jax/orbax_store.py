@@ -1,8 +1,8 @@
 """Any slice of any array of an Orbax checkpoint on disk, read when asked for.
 
 Orbax restores whole trees; streaming, export and comparison need parts of leaves, and a mesh needs each process to read only the
-chunks of its shards. So the arrays are opened with TensorStore, the library that Orbax itself stores them with. Only `_METADATA`
-(names of the leaves, storage driver) is Orbax's own.
+chunks of its shards. So the arrays are opened with TensorStore, the library that Orbax itself stores them with, or, where they
+are our converter's plain files, mapped (`zarr_files`). Only `_METADATA` (names of the leaves, storage driver) is Orbax's own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.local_files import read_json
+from qvlmoe_jax.zarr_files import ZarrFiles
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -79,8 +80,19 @@ class OrbaxArrays:
         self._ocdbt = (self.directory / OCDBT_MANIFEST).is_file()
 
     @cached_property
+    def _files(self) -> dict[str, ZarrFiles]:
+        """Those that can be read straight from mapped files."""
+        if self._ocdbt or not self._zarr3:
+            return {}
+        found = {path: ZarrFiles.open(self.directory / name) for path, name in self.names.items()}
+        return {path: files for path, files in found.items() if files is not None}
+
+    @cached_property
     def _stores(self) -> dict[str, ts.TensorStore]:
-        """All opened at once: each needs a small read."""
+        """The others. All are opened at once: each needs a small read."""
+        others = {path: name for path, name in self.names.items() if path not in self._files}
+        if not others:
+            return {}
         import tensorstore as ts
 
         context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 24}})  # for the shards' indexes
@@ -92,7 +104,7 @@ class OrbaxArrays:
                 read=True,
                 context=context,
             )
-            for path, name in self.names.items()
+            for path, name in others.items()
         }
         stores, failed = {}, []
         for path, future in opening.items():
@@ -109,21 +121,26 @@ class OrbaxArrays:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Path -> shape."""
-        return {path: tuple(store.shape) for path, store in self._stores.items()}
+        return {path: tuple(array.shape) for path, array in {**self._files, **self._stores}.items()}
 
     @cached_property
     def dtypes(self) -> dict[str, np.dtype]:
         """Path -> dtype on disk."""
-        return {path: store.dtype.numpy_dtype for path, store in self._stores.items()}
+        mapped = {path: files.dtype for path, files in self._files.items()}
+        return mapped | {path: store.dtype.numpy_dtype for path, store in self._stores.items()}
 
-    def read(self, path: str, index: tuple[slice | int, ...] | None = None) -> np.ndarray:
+    def read(self, path: str, index: tuple[slice | int, ...] | None = None, *, copy: bool = True) -> np.ndarray:
         """One array, or the part of it that `index` (slices of step 1, integers) names, in its own dtype.
+
+        With `copy=False` it may be a read-only view of a mapped file.
 
         Raises:
           CheckpointError: the data is missing or damaged.
         """
-        store = self._stores[path]
         try:
+            if path in self._files:
+                return self._files[path].read(index, copy=copy)
+            store = self._stores[path]
             return (store if index is None else store[index]).read().result()
         except (ValueError, OSError, RuntimeError) as error:
             raise unreadable(self.directory / self.names[path], error) from error

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.file_copy import write_array
 from qvlmoe_jax.local_files import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
@@ -127,12 +128,6 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """The whole file, read-only; pages are read when touched."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def map_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
     """A read-only view of one tensor inside its mapped file."""
     return np.ndarray(info.shape, info.dtype, buffer=mapped, offset=info.start)
@@ -166,13 +161,13 @@ def write_safetensors(
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with Path(path).open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+    with Path(path).open("wb", buffering=0) as file:
+        write_array(file.fileno(), np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, np.uint8))
         for name in names:
             dtype, shape = specs[name]
             written = 0
             for block in blocks(name):
                 assert block.dtype == dtype, f"{name}: {block.dtype}, promised {dtype}"
-                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                write_array(file.fileno(), np.ascontiguousarray(block))
                 written += block.size
             assert written == math.prod(shape), f"{name}: {written} numbers, promised {shape}"

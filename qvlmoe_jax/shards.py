@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.file_copy import MappedFile
 from qvlmoe_jax.local_files import local_file, read_json
-from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_file, map_tensor, read_header, write_safetensors
+from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_tensor, read_header, write_safetensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -92,13 +92,13 @@ class SafetensorsCheckpoint:
             self.tensors = read_header(local_file(self.directory, SINGLE_FILE))
         else:
             raise _no_weights(self.directory)
-        self._mapped: dict[Path, mmap.mmap] = {}
+        self._mapped: dict[Path, MappedFile] = {}
 
     def array(self, key: str) -> np.ndarray:
         """A read-only view of one tensor in its memory-mapped file."""
         info = self.tensors[key]
         if info.file not in self._mapped:
-            self._mapped[info.file] = map_file(info.file)
+            self._mapped[info.file] = MappedFile.open(info.file)
         return map_tensor(self._mapped[info.file], info)
 
     @property

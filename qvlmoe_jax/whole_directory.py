@@ -53,16 +53,6 @@ def replace_directory(staging: Path, destination: Path) -> None:
     _remove(replaced)
 
 
-def sync_tree(directory: Path) -> None:
-    """Waits until every file and directory below is on the disk, so that a rename never outlives what it names."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 @contextmanager
 def whole_directory(destination: Path, *, suffix: str, overwrite: bool = False) -> Iterator[Path]:
     """Gives an empty directory to fill, and renames it to `destination` if the body finishes; otherwise removes it.
@@ -87,7 +77,7 @@ def whole_directory(destination: Path, *, suffix: str, overwrite: bool = False) 
         ) from None
     try:
         yield staging
-        sync_tree(staging)
+        os.sync()  # a rename must not outlive what it names
         if overwrite:
             replace_directory(staging, destination)
         else:

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.file_copy import MappedFile
 from qvlmoe_jax.hf import Row
-from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES, map_file, map_tensor, read_header, write_safetensors
+from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES, map_tensor, read_header, write_safetensors
 from qvlmoe_jax.shards import INDEX_FILE, SafetensorsCheckpoint, write_shards
 from tests.hf_checkpoints import write_raw
 
@@ -36,7 +37,7 @@ def one_of_each() -> dict[str, np.ndarray]:
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
-    mapped = map_file(path)
+    mapped = MappedFile.open(path)
     return {key: map_tensor(mapped, info) for key, info in read_header(path).items()}
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from convert.chunks import Chunks, pieces
 from convert.orbax_stream import Leaf, LeafWriter, Piece
-from convert.zarr_file import crc32c, write_zarr_file
+from convert.zarr_file import write_zarr_file
 from qvlmoe_jax.orbax_store import store_spec
+from qvlmoe_jax.zarr_files import ZarrFiles, crc32c
 
 DTYPES = [np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32)]
 
@@ -27,7 +28,7 @@ def cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], Chunks]:
         step, count = draw(st.integers(1, 4)), draw(st.integers(1, 3))
         chunk.append(step)
         file.append(step * count)
-        shape.append(draw(st.integers(1, 2 * step * count)))
+        shape.append(draw(st.integers(step, 2 * step * count)))
     return tuple(shape), Chunks(tuple(file), tuple(chunk))
 
 
@@ -54,6 +55,18 @@ def test_tensorstore_reads_what_was_written(
         write(Path(directory), array, chunks)
         spec = store_spec(Path(directory) / "state", "a.b") | {"fill_missing_data_reads": False}
         found = ts.open(spec, open=True).result().read().result()
+        ours = ZarrFiles.open(Path(directory) / "state" / "a.b")
+        assert ours is not None and (ours.shape, ours.dtype) == (array.shape, dtype)
+        for _ in range(5):
+            index = tuple(
+                slice(*sorted(rng.integers(0, size + 1, 2).tolist())) if rng.random() < 0.8 else int(rng.integers(size))
+                for size in shape
+            )
+            for copy in (True, False):
+                part = ours.read(index, copy=copy)
+                assert part.shape == array[index].shape
+                assert part.tobytes() == array[index].tobytes()
+        del ours, part
     assert found.dtype == dtype
     assert found.tobytes() == np.ascontiguousarray(array).tobytes()
 
@@ -66,6 +79,10 @@ def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(ValueError, match="Digest mismatch"):
         ts.open(store_spec(tmp_path / "state", "a.b"), open=True).result().read().result()
+    ours = ZarrFiles.open(tmp_path / "state" / "a.b")
+    assert ours is not None
+    with pytest.raises(ValueError, match="another checksum"):
+        ours.read(None)
 
 
 def test_crc32c_is_castagnolis() -> None:

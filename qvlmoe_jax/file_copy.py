@@ -1,0 +1,61 @@
+"""Arrays to files. What lies in a mapped file already is copied by the system from file to file, as `cp` does it."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+_CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
+"""What file systems say that do not copy from file to file."""
+
+
+class MappedFile(mmap.mmap):
+    """A whole file, read-only; pages are read when touched. Arrays over it can be traced back to it."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> MappedFile:
+        with path.open("rb") as file:
+            mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.path = path
+        return mapped
+
+
+def _source(array: np.ndarray) -> tuple[MappedFile, int] | None:
+    """The mapped file whose bytes a contiguous array is, and where they begin in it."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if not isinstance(base, MappedFile) or not array.flags.c_contiguous:
+        return None
+    return base, array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+
+
+def write_array(descriptor: int, array: np.ndarray) -> None:
+    """Appends a contiguous array's bytes to an open file.
+
+    Raises:
+      OSError: the system's reason, a full disk for one.
+    """
+    data, done = array.reshape(-1).view(np.uint8).data, 0
+    source = _source(array) if array.nbytes >= mmap.PAGESIZE and hasattr(os, "copy_file_range") else None
+    if source is not None:
+        mapped, begin = source
+        with mapped.path.open("rb") as file:
+            try:
+                while done < array.nbytes:
+                    copied = os.copy_file_range(file.fileno(), descriptor, array.nbytes - done, begin + done)
+                    if not copied:
+                        break
+                    done += copied
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+    while done < array.nbytes:  # Linux writes at most 2 GiB at once
+        done += os.write(descriptor, data[done:])
