@@ -61,7 +61,16 @@ def tiny_pair() -> Pair:
     return Pair.of("tiny")
 
 
-@pytest.fixture(scope="module", params=["other", "mixed", "irregular", "tied", "dense", "hf_test", "no_deepstack"])
+OFTEN, SELDOM = ("other", "mixed", "dense"), ("irregular", "tied", "hf_test", "no_deepstack")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param(name, marks=pytest.mark.slow) for name in OFTEN),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in SELDOM),
+    ],
+)
 def pair(request: pytest.FixtureRequest) -> Pair:
     return Pair.of(request.param)
 
@@ -106,7 +115,6 @@ def test_every_prompt(tiny_pair: Pair) -> None:
     check_all(tiny_pair)
 
 
-@pytest.mark.slow
 def test_every_prompt_of_every_kind_of_model(pair: Pair) -> None:
     check_all(pair)
 

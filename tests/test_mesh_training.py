@@ -93,8 +93,13 @@ def one_device(tensors: dict[str, np.ndarray]) -> tuple[float, dict[str, Any]]:
     return loss_and_gradients(build(tensors), make_batch(1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "dispatch"), MESHES, ids=_name)
+@pytest.mark.parametrize(
+    ("sizes", "dispatch"),
+    [
+        pytest.param(*mesh, marks=pytest.mark.slow if i in (0, 2, 4, 5, 6) else pytest.mark.soak) for i, mesh in enumerate(MESHES)
+    ],
+    ids=_name,
+)
 def test_loss_and_every_gradient_are_one_devices(
     sizes: dict[str, int], dispatch: str, tensors: dict[str, np.ndarray], one_device: tuple[float, dict[str, Any]], record: Any
 ) -> None:
@@ -135,13 +140,12 @@ def curve(
     return losses, norms
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "dispatch", "freeze"),
     [
-        ({"data": 2, "fsdp": 2, "expert": 2}, "allgather", ()),
-        ({"expert": 4, "fsdp": 2}, "all_to_all", ("vision",)),
-        ({"tensor": 2, "context": 2, "expert": 2}, "all_to_all", ("router",)),
+        pytest.param({"data": 2, "fsdp": 2, "expert": 2}, "allgather", (), marks=pytest.mark.soak),
+        pytest.param({"expert": 4, "fsdp": 2}, "all_to_all", ("vision",), marks=pytest.mark.slow),
+        pytest.param({"tensor": 2, "context": 2, "expert": 2}, "all_to_all", ("router",), marks=pytest.mark.slow),
     ],
     ids=_name,
 )
