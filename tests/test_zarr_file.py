@@ -66,7 +66,7 @@ def test_tensorstore_reads_what_was_written(
                 part = ours.read(index, copy=copy)
                 assert part.shape == array[index].shape
                 assert part.tobytes() == array[index].tobytes()
-        del ours, part
+        del ours
     assert found.dtype == dtype
     assert found.tobytes() == np.ascontiguousarray(array).tobytes()
 
