@@ -10,8 +10,9 @@ import json
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from convert.directories import check_destination, find_side_files
 from convert.progress import Progress, human_bytes
-from convert.tensor_blocks import tensor_blocks
+from convert.tensor_blocks import block_reads
 from qvlmoe_jax.checkpoint import ConvertedWeights, TrainedWeights, open_weights
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, expand
@@ -28,6 +29,7 @@ from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES
 from qvlmoe_jax.shards import write_shards
 from qvlmoe_jax.whole_directory import whole_directory
 
+READS_AHEAD = 2
 NAMED_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
@@ -66,12 +68,12 @@ def jax2hf(
 
     with (
         whole_directory(destination, suffix=".exporting") as staging,
-        ThreadPoolExecutor(1) as ahead,
+        ThreadPoolExecutor(READS_AHEAD) as readers,
         Progress(total, report) as progress,
     ):
 
         def blocks(key: str) -> Iterator[np.ndarray]:
-            for block in _one_ahead(ahead, tensor_blocks(weights, rows[key], specs[key][0])):
+            for block in _ahead(readers, block_reads(weights, rows[key], specs[key][0])):
                 yield block
                 progress.add(block.nbytes)
 
@@ -86,12 +88,15 @@ def jax2hf(
     )
 
 
-def _one_ahead(pool: ThreadPoolExecutor, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same blocks, each read while the one before it is being written."""
-    following = pool.submit(next, blocks, None)
-    while (block := following.result()) is not None:
-        following = pool.submit(next, blocks, None)
-        yield block
+def _ahead(pool: ThreadPoolExecutor, reads: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """What the reads give, in their order, some of them under way while the one before is being written."""
+    pending: deque[Future[np.ndarray]] = deque()
+    for read in reads:
+        pending.append(pool.submit(read))
+        if len(pending) > READS_AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def tensor_dtypes(weights: ConvertedWeights | TrainedWeights, side: Path) -> dict[str, np.dtype]:

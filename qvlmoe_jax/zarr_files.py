@@ -157,8 +157,9 @@ class ZarrFiles:
 
     def _open(self, cell: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """A mapped file's bytes and its checked index `[chunks, (offset, length)]`. The last file stays open."""
-        if self._last is not None and self._last[0] == cell:
-            return self._last[1:]
+        last = self._last  # another thread may replace it
+        if last is not None and last[0] == cell:
+            return last[1:]
         path = self.directory.joinpath("c", *map(str, cell))
         count = math.prod(self._grid)
         if path.stat().st_size < 16 * count + 4:
