@@ -14,6 +14,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
 )
+# XLA's pool has a thread for each core or device, whichever are more. A device may wait in several collectives at once, and when
+# all threads wait, those that would release them never run.
+os.environ["NPROC"] = "64"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a mistake
 
 import gc
