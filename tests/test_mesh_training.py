@@ -144,8 +144,8 @@ def curve(
     ("sizes", "dispatch", "freeze"),
     [
         pytest.param({"data": 2, "fsdp": 2, "expert": 2}, "allgather", (), marks=pytest.mark.soak),
-        pytest.param({"expert": 4, "fsdp": 2}, "all_to_all", ("vision",), marks=pytest.mark.slow),
-        pytest.param({"tensor": 2, "context": 2, "expert": 2}, "all_to_all", ("router",), marks=pytest.mark.slow),
+        pytest.param({"expert": 4, "fsdp": 2}, "all_to_all", ("vision",), marks=pytest.mark.soak),
+        pytest.param({"tensor": 2, "context": 2, "expert": 2}, "all_to_all", ("router",), marks=pytest.mark.soak),
     ],
     ids=_name,
 )
