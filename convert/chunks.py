@@ -29,10 +29,6 @@ class Chunks:
     chunk: tuple[int, ...]
 
 
-def _axes(entry: object) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)  # type: ignore[arg-type]
-
-
 def plan_chunks(shape: Sequence[int], spec: Sequence[object], itemsize: int) -> Chunks:
     """The cut of one parameter.
 
@@ -41,6 +37,8 @@ def plan_chunks(shape: Sequence[int], spec: Sequence[object], itemsize: int) -> 
       spec: its row of the sharding table, over the trailing dims.
       itemsize: bytes of a number on disk.
     """
+    from qvlmoe_jax.collectives import axes_of
+
     stacked = len(shape) - len(spec)
     inner = list(shape[stacked:])
     chunk = list(inner)
@@ -49,10 +47,10 @@ def plan_chunks(shape: Sequence[int], spec: Sequence[object], itemsize: int) -> 
         return math.prod(chunk) * itemsize
 
     for dim, entry in enumerate(spec):
-        if _axes(entry) == ("expert",) and size() // inner[dim] >= SMALL_CHUNK_BYTES:
+        if axes_of(entry) == ("expert",) and size() // inner[dim] >= SMALL_CHUNK_BYTES:
             chunk[dim] = 1
     for dim, entry in enumerate(spec):
-        if not any(axis in _axes(entry) for axis in ("fsdp", "expert")) or chunk[dim] == 1:
+        if not any(axis in axes_of(entry) for axis in ("fsdp", "expert")) or chunk[dim] == 1:
             continue
         parts = 1
         while chunk[dim] % 2 == 0 and parts < PARTS:

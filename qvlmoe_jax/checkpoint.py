@@ -108,7 +108,7 @@ class TrainedWeights(ParamStore):
     def __init__(self, directory: str | Path):
         """Raises CheckpointError or ConfigError if a part is missing."""
         directory = Path(directory)
-        step = newest_step(directory) if (directory / RUN_CHECKPOINTS).is_dir() else directory
+        step = step_directory(directory)
         side = step.parent.parent / RUN_HF
         config = Qwen3VLMoeConfig.from_json(side)
         check_tree(step, _largest_file(config))
@@ -126,6 +126,15 @@ def newest_step(run: Path) -> Path:
     if not steps:
         raise CheckpointError(f"{run / RUN_CHECKPOINTS}: no finished step, expected directories named by their number")
     return max(steps, key=lambda path: int(path.name))
+
+
+def step_directory(directory: Path) -> Path:
+    """The step that a training checkpoint names: a RUN's newest, or the STEP itself.
+
+    Raises:
+      CheckpointError: a RUN without a finished step.
+    """
+    return newest_step(directory) if (directory / RUN_CHECKPOINTS).is_dir() else directory
 
 
 def is_training_checkpoint(directory: Path) -> bool:

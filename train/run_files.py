@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import yaml
 
 from qvlmoe_jax import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
-from qvlmoe_jax.checkpoint import TrainedWeights, is_training_checkpoint, load_params, newest_step, open_weights
+from qvlmoe_jax.checkpoint import TrainedWeights, is_training_checkpoint, load_params, open_weights, step_directory
 from qvlmoe_jax.errors import CheckpointError, ConfigError
 from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.whole_directory import REPLACED, whole_directory
@@ -33,7 +33,7 @@ def side_directory(path: str | Path) -> Path:
     if not path.is_dir():
         raise ConfigError(f"model.path {path} is not a directory, expected a Hugging Face, converted or run directory")
     if is_training_checkpoint(path):
-        return (newest_step(path) if (path / "checkpoints").is_dir() else path).parent.parent / HF_DIR
+        return step_directory(path).parent.parent / HF_DIR
     return path
 
 
