@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from qvlmoe_jax.sharding_table import axes_of
+
 FILE_BYTES = 64 << 20
 """Two files are in memory while they are written; on object stores and disks alike larger ones gain nothing (platform.md)."""
 CHUNK_BYTES = 1 << 19
@@ -37,8 +39,6 @@ def plan_chunks(shape: Sequence[int], spec: Sequence[object], itemsize: int) -> 
       spec: its row of the sharding table, over the trailing dims.
       itemsize: bytes of a number on disk.
     """
-    from qvlmoe_jax.collectives import axes_of
-
     stacked = len(shape) - len(spec)
     inner = list(shape[stacked:])
     chunk = list(inner)

@@ -8,6 +8,7 @@ the unit it was at, and any number of processes can share the units out.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import shutil
@@ -35,6 +36,9 @@ from qvlmoe_jax.whole_directory import check_replaced
 FORMAT = "qvlmoe_jax.conversion"
 FORMAT_VERSION = 2
 CRC_BYTES = 1 << 24
+SKELETON = "skeleton"
+RESERVE, RESERVE_BYTES = "reserve", 1 << 21
+"""Room kept for the skeleton: should the disk fill up, our own writes must be the ones that find out, and say it in a line."""
 
 Dtype = Literal["keep", "bfloat16", "float32"]
 Report = Callable[[str], None]
@@ -109,12 +113,18 @@ def hf2jax(
 
     def begin(staging: Path) -> None:
         copy_side_files(source, staging, side_files, None if not weights.quantised else dtype)
-        write_skeleton(staging / CHECKPOINT_DIR, leaves)
+        (staging.parent / RESERVE).write_bytes(bytes(RESERVE_BYTES))
 
     mine = share(units, worker, workers)
     plan = describe_plan(weights, source, dtype, workers)
     with open_work_directory(destination.resolve(), plan, begin, resume=resume, worker=worker, workers=workers) as work:
-        peak = write_units(weights, mine, work, report)
+        with ThreadPoolExecutor(1) as aside:
+            if worker == 0:
+                aside.submit(importlib.import_module, "orbax.checkpoint.v1")  # takes seconds
+            peak = write_units(weights, mine, work, report)
+        if worker == 0:
+            (work.path / RESERVE).unlink(missing_ok=True)
+            write_skeleton(work.result / CHECKPOINT_DIR, leaves, work.path / SKELETON)
 
         def complete(checksums: dict[str, str]) -> None:
             record = conversion_record(weights, source, dtype, checksums)

@@ -1,7 +1,7 @@
 """Writing an Orbax checkpoint that is larger than memory, file by file.
 
 Orbax saves whole arrays. So it saves a skeleton, the same tree with leaves of one number, which makes it write all of its own
-metadata; then each leaf's `zarr.json` and data are replaced. Arrays are plain zarr3 files
+metadata; the leaves themselves, `zarr.json` and data, are ours. Arrays are plain zarr3 files
 (Orbax: `use_ocdbt=False`): each file appears by one rename and its name says what it holds, so what is finished is what is there,
 several processes write side by side, and there is no database to merge afterwards.
 """
@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from convert.chunks import Chunks, pieces, plan_chunks
-from convert.zarr_file import write_zarr_file
+from convert.zarr_file import write_zarr_file, write_zarr_metadata
 from qvlmoe_jax.checkpoint import ARRAYS_DIR
-from qvlmoe_jax.orbax_store import store_spec
 from qvlmoe_jax.param_tree import nest
-from qvlmoe_jax.zarr_files import INDEX, RAW
+from qvlmoe_jax.sharding_table import table_row
 
 WRITES_IN_FLIGHT = 2
 
@@ -74,8 +73,6 @@ class Piece:
 
 def plan_leaves(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype]) -> list[Leaf]:
     """The parameters in the order in which they are written."""
-    from qvlmoe_jax.sharding import table_row
-
     return [
         Leaf(path, shape, dtypes[path], plan_chunks(shape, table_row(path), dtypes[path].itemsize))
         for path, shape in shapes.items()
@@ -87,8 +84,14 @@ def leaf_pieces(leaf: Leaf) -> list[Piece]:
     return [Piece(leaf, cell, index) for cell, index in pieces(leaf.shape, leaf.chunks)]
 
 
-def write_skeleton(checkpoint: Path, leaves: Iterable[Leaf]) -> None:
-    """An Orbax checkpoint of the leaves' names and kinds at `checkpoint` (absent), without their data."""
+def write_skeleton(checkpoint: Path, leaves: Iterable[Leaf], scratch: Path) -> None:
+    """Adds to `checkpoint` what Orbax writes around the arrays: names, kinds, that the checkpoint is whole.
+
+    The arrays may be there already. Doing it twice does no harm.
+
+    Args:
+      scratch: a directory beside `checkpoint`, made and removed.
+    """
     from orbax.checkpoint import v1 as ocp
 
     # numpy's, so that a load that names no sharding gives numpy arrays: a device of this machine would mean nothing elsewhere
@@ -103,11 +106,17 @@ def write_skeleton(checkpoint: Path, leaves: Iterable[Leaf]) -> None:
     log.setLevel(logging.ERROR)  # it warns that there is no database to merge
     try:
         with context:
-            ocp.save(str(checkpoint.resolve()), nest(tree))
+            shutil.rmtree(scratch, ignore_errors=True)
+            ocp.save(str(scratch.resolve()), nest(tree))
     finally:
         log.setLevel(level)
-    for leaf in leaves:
-        shutil.rmtree(checkpoint / ARRAYS_DIR / leaf.name)
+    for name in tree:
+        shutil.rmtree(scratch / ARRAYS_DIR / name.replace("/", "."))
+    for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
+        target = checkpoint / file.relative_to(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    shutil.rmtree(scratch)
 
 
 class LeafWriter:
@@ -116,20 +125,6 @@ class LeafWriter:
     def __init__(self, checkpoint: Path):
         self.directory = checkpoint / ARRAYS_DIR
         self._created: set[str] = set()
-
-    def create(self, leaf: Leaf) -> None:
-        """Writes the array's `zarr.json`, or checks the one that is there against the plan."""
-        import tensorstore as ts
-
-        sharding = {"chunk_shape": leaf.chunks.chunk, "codecs": RAW, "index_codecs": INDEX}
-        metadata: dict[str, Any] = {
-            "shape": leaf.shape,
-            "data_type": leaf.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": leaf.chunks.file}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        }
-        ts.open(store_spec(self.directory, leaf.name) | {"metadata": metadata}, create=True, open=True).result()
-        self._created.add(leaf.path)
 
     def done(self, piece: Piece) -> bool:
         """The piece's file is there, and so is whole."""
@@ -141,7 +136,9 @@ class LeafWriter:
         with ThreadPoolExecutor(WRITES_IN_FLIGHT) as pool:
             for piece, array in data:
                 if piece.leaf.path not in self._created:
-                    self.create(piece.leaf)
+                    leaf = piece.leaf
+                    write_zarr_metadata(self.directory / leaf.name, leaf.shape, leaf.dtype, leaf.chunks.file, leaf.chunks.chunk)
+                    self._created.add(leaf.path)
                 pending.append(pool.submit(self._write, piece, array))
                 del array
                 if len(pending) >= WRITES_IN_FLIGHT:

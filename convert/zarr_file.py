@@ -8,15 +8,53 @@ little-endian uint64, all ones for a chunk past the array's end, and ends with i
 from __future__ import annotations
 
 import itertools
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.file_copy import write_array
-from qvlmoe_jax.zarr_files import ABSENT, crc32c, in_memory_order
+from qvlmoe_jax.local_files import read_json
+from qvlmoe_jax.zarr_files import ABSENT, INDEX, RAW, crc32c, in_memory_order
 
 PART_SUFFIX = ".part"
+
+
+def write_zarr_metadata(
+    directory: Path, shape: Sequence[int], dtype: np.dtype, file_shape: Sequence[int], chunk: Sequence[int]
+) -> None:
+    """Makes the array's directory with its `zarr.json`, or checks the one that is there against this plan.
+
+    Raises:
+      CheckpointError: it describes another array.
+    """
+    metadata = {
+        "chunk_grid": {"configuration": {"chunk_shape": list(file_shape)}, "name": "regular"},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [
+            {
+                "configuration": {"chunk_shape": list(chunk), "codecs": RAW, "index_codecs": INDEX},
+                "name": "sharding_indexed",
+            }
+        ],
+        "data_type": dtype.name,
+        "fill_value": 0.0,
+        "node_type": "array",
+        "shape": list(shape),
+        "zarr_format": 3,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "zarr.json"
+    if path.exists():
+        if read_json(path) != metadata:
+            raise CheckpointError(f"{path}: describes another array than the plan; remove the directory and begin again")
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")  # several workers may get here at once, with the same bytes
+    part.write_text(json.dumps(metadata, separators=(",", ":")), encoding="utf-8")
+    part.rename(path)
 
 
 def _chunks(array: np.ndarray, chunk: Sequence[int], grid: Sequence[int]) -> Iterator[np.ndarray | None]:

@@ -14,12 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qvlmoe_jax.sharding import BATCH, FSDP, active_mesh, fit, partition_spec
-
-
-def axes_of(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+from qvlmoe_jax.sharding import BATCH, FSDP, active_mesh, axes_of, fit, partition_spec
 
 
 def fsdp_axes(entry: Any) -> tuple[str, ...]:

@@ -173,7 +173,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
                 E, D, _, F = gate_up.shape
                 gate_up = jax.lax.all_gather(gate_up.reshape(E, D, 2 * F), "fsdp", axis=1, tiled=True).reshape(E, -1, 2, F)
             if layout.down_fsdp:
-                down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
+                down = jax.lax.all_gather(down, "fsdp", axis=1, tiled=True)
 
         def kernel(rows: jax.Array, sizes: jax.Array) -> jax.Array:
             if stacked_layer is None:
@@ -245,6 +245,6 @@ class _Layout:
             experts="expert" in axes_of(gate_up[-4]),
             tensor="tensor" in axes_of(gate_up[-1]),
             gate_up_fsdp="fsdp" in axes_of(gate_up[-3]),
-            down_fsdp="fsdp" in axes_of(down[-1]),
+            down_fsdp="fsdp" in axes_of(down[-2]),
             gate=gate,
         )

@@ -1,13 +1,8 @@
-"""Where every array lives on a device mesh: five axes, ONE table of parameter path -> PartitionSpec, and `constrain`.
-
-Axes (all of them always exist; unused ones have size 1): `data` replicates parameters, `fsdp` shards them, `expert` spreads
-the experts, `tensor` splits heads / F / vocabulary, `context` splits the sequence. Batch rows go over data, fsdp and expert.
-"""
+"""Where every array lives on a device mesh: the table of `sharding_table` as PartitionSpecs, and `constrain`."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,43 +13,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.sharding_table import AXES, BATCH, FSDP, TABLE, VOCAB, axes_of, table_row
 
-AXES = ("data", "fsdp", "expert", "tensor", "context")
-BATCH = ("data", "fsdp", "expert")
-# Parameters other than the experts have no expert dim; there the expert axis is one more axis of FSDP.
-FSDP = ("fsdp", "expert")
-VOCAB = ("tensor", "fsdp", "expert")
-
-# Path pattern -> spec over the TRAILING dims (stacking dims in front are never sharded). Patterns are matched whole and are
-# disjoint: a leaf that hits no row, or two, is an error.
-TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    # The vocabulary dim, not D: a table sharded over D is rematerialised whole at the gather.
-    (r"(.*/)?embed_tokens/weight", (VOCAB, None)),
-    (r"(.*/)?lm_head/weight", (None, VOCAB)),
-    (r"(.*/)?layers(/\d+)?/self_attn/[qkv]_proj/weight", (FSDP, "tensor", None)),
-    (r"(.*/)?layers(/\d+)?/self_attn/o_proj/weight", ("tensor", None, FSDP)),
-    (r"(.*/)?layers(/\d+)?/self_attn/[qk]_norm/weight", (None,)),
-    (r"(.*/)?layers(/\d+)?/(input|post_attention)_layernorm/weight", (None,)),
-    (r"(.*/)?layers(/\d+)?/mlp/gate/weight", (FSDP, None)),
-    (r"(.*/)?layers(/\d+)?/mlp/experts/gate_up_proj", ("expert", "fsdp", None, "tensor")),
-    (r"(.*/)?layers(/\d+)?/mlp/experts/down_proj", ("expert", "tensor", "fsdp")),
-    (r"(.*/)?layers(/\d+)?/mlp/(gate|up)_proj/weight", (FSDP, "tensor")),
-    (r"(.*/)?layers(/\d+)?/mlp/down_proj/weight", ("tensor", FSDP)),
-    (r"(.*/)?language_model/norm/weight", (None,)),
-    (r"(.*/)?patch_embed/proj/weight", (None, FSDP)),
-    (r"(.*/)?pos_embed/weight", (None, FSDP)),
-    (r"(.*/)?patch_embed/proj/bias", (None,)),
-    (r"(.*/)?blocks/attn/qkv/weight", (FSDP, None, "tensor", None)),
-    (r"(.*/)?blocks/attn/qkv/bias", (None, "tensor", None)),
-    (r"(.*/)?blocks/attn/proj/weight", ("tensor", None, FSDP)),
-    (r"(.*/)?blocks/attn/proj/bias", (None,)),
-    (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc1/weight", (FSDP, "tensor")),
-    (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc1/bias", ("tensor",)),
-    (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc2/weight", ("tensor", FSDP)),
-    (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc2/bias", (None,)),
-    (r"(.*/)?(blocks/norm[12]|merger/norm|deepstack_merger_list/norm)/(weight|bias)", (None,)),
-)
-_COMPILED = tuple((re.compile(pattern), spec) for pattern, spec in TABLE)
+__all__ = [
+    "AXES",
+    "BATCH",
+    "FSDP",
+    "TABLE",
+    "VOCAB",
+    "active_mesh",
+    "axes_of",
+    "batch_shardings",
+    "constrain",
+    "fit",
+    "make_mesh",
+    "partition_spec",
+    "shard_batch",
+    "table_row",
+    "tree_shardings",
+]
 
 
 def make_mesh(
@@ -97,18 +74,6 @@ def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> P:
                 parts *= n
         dims.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)
     return P(*dims)
-
-
-def table_row(path: str) -> tuple[Any, ...]:
-    """The spec over trailing dims of the one table row that `path` (keys joined by '/') hits.
-
-    Raises:
-      KeyError: no row, or more than one, matches: the table and the tree have drifted apart.
-    """
-    hits = [spec for pattern, spec in _COMPILED if pattern.fullmatch(path)]
-    if len(hits) != 1:
-        raise KeyError(f"parameter {path!r} hits {len(hits)} rows of the sharding table, expected exactly one")
-    return hits[0]
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Any) -> P:
