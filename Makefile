@@ -26,7 +26,7 @@ test-slow: $(VENV)/.installed-test  ## the tests that take minutes each
 	$(RUN) -m pytest -m slow
 
 soak: $(VENV)/.installed-test  ## hundreds of cases; the log stays in docs/soak.log
-	$(RUN) -m pytest -m soak --verbose | tee docs/soak.log
+	$(RUN) -m pytest -m soak --verbose --timeout 0 | tee docs/soak.log
 
 lint: $(VENV)/.installed-test  ## ruff and pyright
 	$(RUN) -m ruff check .

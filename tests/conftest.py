@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import os
 
+from tests.xla_flags import EIGHT_DEVICES
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        # eight devices share the machine's cores: one that waits 40 seconds for the others is not yet a deadlock to abort on
-        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    ]
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
 # XLA's pool has a thread for each core or device, whichever are more. A device may wait in several collectives at once, and when
 # all threads wait, those that would release them never run.
 os.environ["NPROC"] = "64"

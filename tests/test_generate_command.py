@@ -17,6 +17,7 @@ from qvlmoe_jax.__main__ import main, parse_mesh
 from qvlmoe_jax.chat import TextStream, after
 from qvlmoe_jax.errors import ConfigError, UsageError
 from qvlmoe_jax.generation_config import GenerationConfig
+from tests.xla_flags import ONE_DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 CAT = ROOT / "examples" / "cat.png"
@@ -107,7 +108,7 @@ def test_a_second_start_compiles_nothing(directory: Path) -> None:
 def test_a_mesh_gives_the_same_answer(directory: Path) -> None:
     flags = ("--image", str(CAT), "--prompt", "What is this?", "--max-new-tokens", "12", "--temperature", "0")
     flags += ("--dtype", "float32")
-    devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    devices = os.environ | {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"}
     single, spread = run(directory, *flags), run(directory, *flags, "--mesh", "expert=2,tensor=2", env=devices)
     assert single.returncode == spread.returncode == 0, spread.stderr
     assert "on 4 devices" in spread.stderr and single.stdout == spread.stdout

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.xla_flags import ONE_DEVICE
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK, MAX_BYTES, NUM_FIGURES = ROOT / "notebooks" / "parity.ipynb", 1_000_000, 6
 CPU_SECONDS = 300  # on an idle machine the wall clock shows less than that; a busy one must not fail the test
@@ -23,9 +25,9 @@ pytest.importorskip("jupytext")
 
 def run(command: list[str], directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Without this tree on the path: what runs is what lies in `directory`."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MODEL", "WORK", "XLA_FLAGS")}
-    environment = inherited | {"JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(directory / ".ipython"), **environment}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=1800)
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MODEL", "WORK")}
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE, "IPYTHONDIR": str(directory / ".ipython")}
+    return subprocess.run(command, cwd=directory, env=inherited | own | environment, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.fixture

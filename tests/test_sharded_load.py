@@ -18,6 +18,7 @@ from convert.__main__ import main
 from qvlmoe_jax import Qwen3VLMoeForConditionalGeneration
 from tests import cases, ours, tiny, tolerances
 from tests.hf_checkpoints import random_hf_tensors, write_hf_checkpoint
+from tests.xla_flags import ONE_DEVICE
 
 ROOT = Path(__file__).parents[1]
 MAX_AMPLIFICATION = 1.1
@@ -49,7 +50,7 @@ def run_processes(plan: dict[str, Any], place: Path) -> list[list[dict[str, Any]
     """What each process found, by process and case."""
     file = place / "plan.json"
     file.write_text(json.dumps(plan | {"port": free_port(), "processes": 2, "out": str(place / "result")}))
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.sharded_load", str(file), str(i)],

@@ -15,6 +15,7 @@ import yaml
 from qvlmoe_jax import Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.checkpoint import load_params, open_weights
 from qvlmoe_jax.param_tree import flatten
+from tests.xla_flags import ONE_DEVICE
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def command(*arguments: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     run = [sys.executable, "-m", "train", *map(str, arguments)]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert (done.returncode == 0) == ok, done.stderr

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import training
+from tests.xla_flags import ONE_DEVICE
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], subproc
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": ONE_DEVICE,
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         }

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.xla_flags import ONE_DEVICE
+
 ROOT = Path(__file__).resolve().parent.parent
 
 FORWARD = """
@@ -38,7 +40,7 @@ def run(*command: str | Path, directory: Path) -> str:
 @pytest.mark.slow
 def test_the_wheel_works_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)  # the wheel, not the working tree
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "tests", "build", "dist", "*.egg-info", "__pycache__", "demo_out")
     shutil.copytree(ROOT, source, ignore=ignored)
