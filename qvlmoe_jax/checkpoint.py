@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from qvlmoe_jax.local_files import check_tree
 from qvlmoe_jax.orbax_store import OrbaxArrays
 from qvlmoe_jax.param_tree import check_shapes, flatten, nest
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES
-from qvlmoe_jax.shards import write_shards
+from qvlmoe_jax.shards import split_shards, write_shards
 from qvlmoe_jax.whole_directory import whole_directory
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def load_tree(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
     def load(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf.sharding is None:
             return jnp.asarray(weights.read(path, dtype=leaf.dtype))
-        return _load_shards(weights, path, leaf, leaf.sharding)
+        return load_shards(lambda index: weights.read(path, index, leaf.dtype), leaf.shape, leaf.dtype, leaf.sharding)
 
     flat = flatten(target)
     check_shapes("the target", weights.shapes, {path: tuple(leaf.shape) for path, leaf in flat.items()})
@@ -209,8 +209,10 @@ def load_tree(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
     return nest({path: load(path, leaf) for path, leaf in flat.items()})
 
 
-def _load_shards(weights: Weights, path: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-    """One parameter on this process's devices: each shard is read once, whichever devices hold it, and leaves the host at once.
+def load_shards(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    """One array on this process's devices: each shard is read once, whichever devices hold it, and leaves the host at once.
 
     (`jax.make_array_from_callback` asks again for every replica, and holds the shards of all local devices in host memory.)
     """
@@ -218,14 +220,14 @@ def _load_shards(weights: Weights, path: str, leaf: jax.ShapeDtypeStruct, shardi
     from jax.sharding import SingleDeviceSharding
 
     holders: dict[str, tuple[Any, list[Any]]] = {}  # by slice: the slice, the devices
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)
     shards = []
     for index, devices in holders.values():
-        piece = weights.read(path, index, leaf.dtype)
+        piece = read(index)
         shards += [jax.device_put(piece, SingleDeviceSharding(device, memory_kind=sharding.memory_kind)) for device in devices]
         del piece
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
 
 
 def _hf_config(config: Qwen3VLMoeConfig, dtype: np.dtype) -> dict[str, Any]:
@@ -240,20 +242,42 @@ def _hf_config(config: Qwen3VLMoeConfig, dtype: np.dtype) -> dict[str, Any]:
     return out
 
 
+def _writes(params: Mapping[str, Any]) -> bool:
+    """Whether this process writes: it has everything, or is the first of those that share it."""
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in flatten(params).values()):
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """All of an array; of one that is spread over processes, a collective."""
+    if getattr(leaf, "is_fully_addressable", True):
+        return np.asarray(leaf)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
 def save_hf(
     directory: str | Path, config: Qwen3VLMoeConfig, params: Mapping[str, Any], *, max_shard_size: int = 5 * 10**9
 ) -> None:
     """Writes config.json and safetensors in the hub's layout; the directory appears whole or not at all.
 
+    Where `params` are spread over several processes, all of them call this, and process 0 writes: what one tensor is made of
+    is gathered when its turn comes.
+
     Args:
       directory: new, or empty.
-      params: the parameter tree (nested dicts of jax or numpy arrays, all of it addressable from this process).
+      params: the parameter tree (nested dicts of jax or numpy arrays).
       max_shard_size: bytes of one file's data.
     Raises:
       CheckpointError: the directory is in use, or `params` does not match `config`.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    writes = _writes(params)
+    if writes and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: exists and is not empty, expected a new directory; remove it or choose another")
     flat = flatten(params)
     rows = expand(config)
@@ -268,8 +292,13 @@ def save_hf(
     def tensor(key: str) -> list[np.ndarray]:
         row = by_key[key]
         leaf = flat[row.path]
-        return [row.to_hf(np.asarray(leaf[row.index] if row.index else leaf))]
+        return [row.to_hf(_on_host(leaf[row.index] if row.index else leaf))]
 
+    if not writes:
+        for keys in split_shards(specs, max_shard_size).values():
+            for key in keys:
+                tensor(key)
+        return
     with whole_directory(directory, suffix=".saving") as staging:
         write_shards(staging, specs, tensor, max_shard_bytes=max_shard_size)
         (staging / "config.json").write_text(json.dumps(_hf_config(config, common), indent=2) + "\n", encoding="utf-8")

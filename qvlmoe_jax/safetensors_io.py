@@ -133,6 +133,12 @@ def map_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
     return np.ndarray(info.shape, info.dtype, buffer=mapped, offset=info.start)
 
 
+def write_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The tensors of one file in the order in which they lie in it."""
+    # wide dtypes first keeps every tensor aligned to its item size, as the Rust writer does
+    return sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+
+
 def write_safetensors(
     path: str | Path,
     specs: Mapping[str, TensorSpec],
@@ -149,8 +155,7 @@ def write_safetensors(
     Raises:
       CheckpointError: a dtype that the format has no name for.
     """
-    # wide dtypes first keeps every tensor aligned to its item size, as the Rust writer does
-    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+    names = write_order(specs)
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
     for name in names:

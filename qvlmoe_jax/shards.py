@@ -11,7 +11,7 @@ import numpy as np
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.file_copy import MappedFile
 from qvlmoe_jax.local_files import local_file, read_json
-from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_tensor, read_header, write_safetensors
+from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_tensor, read_header, write_order, write_safetensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -107,10 +107,26 @@ class SafetensorsCheckpoint:
         return tuple(sorted({info.file for info in self.tensors.values()}))
 
 
+def split_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> its tensors in the order in which they are written: one file if they fit, else shards as the hub's."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for key, (dtype, shape) in specs.items():
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(key)
+        filled += size
+    count = len(groups)
+    names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return {name: write_order({key: specs[key] for key in keys}) for name, keys in zip(names, groups, strict=True)}
+
+
 def write_shards(
     directory: str | Path, specs: Mapping[str, TensorSpec], blocks: Callable[[str], Iterable[np.ndarray]], *, max_shard_bytes: int
 ) -> None:
-    """Writes tensors in the order of `specs` as the hub does: one file if they fit, else shards and an index.
+    """Writes tensors as `split_shards` spreads them, and an index of several files.
 
     Args:
       directory: exists.
@@ -119,23 +135,12 @@ def write_shards(
       max_shard_bytes: of a file's data; a larger tensor gets a file of its own.
     """
     directory = Path(directory)
-    sizes = {key: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for key, (dtype, shape) in specs.items()}
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for key, size in sizes.items():
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(key)
-        filled += size
-    count = len(groups)
-    if count == 1:
-        write_safetensors(directory / SINGLE_FILE, specs, blocks)
-        return
-    weight_map = {}
-    for i, keys in enumerate(groups):
-        name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+    files = split_shards(specs, max_shard_bytes)
+    for name, keys in files.items():
         write_safetensors(directory / name, {key: specs[key] for key in keys}, blocks)
-        weight_map.update(dict.fromkeys(keys, name))
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    if len(files) == 1:
+        return
+    weight_map = {key: name for name, keys in files.items() for key in keys}
+    total = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for dtype, shape in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from train.data import make_data
 from train.data_config import DataConfig, SourceConfig
 from train.documents import DocumentMaker
 from train.errors import TrainingError
+from train.feed import Shares
 from train.records import RawRecord
 
 EIGHT_WAYS: list[Any] = [
@@ -54,8 +55,16 @@ REASONS = [
 ]
 
 
-def open_data(settings: DataConfig, **processes: int) -> Any:
-    return make_data(settings, MODEL_CONFIG, processor(), **processes)
+def open_data(settings: DataConfig, *held: int) -> Any:
+    """All groups, or those that are held."""
+    groups = settings.num_groups(1)
+    shares = Shares(groups, held, held) if held else None
+    return make_data(settings, MODEL_CONFIG, processor(), shares=shares)
+
+
+def bad_records(data: Any) -> dict[str, str]:
+    """By all groups together."""
+    return {name: error for state in data.get_state().values() for name, error in state["bad"].items()}
 
 
 def questions(batch: Batch) -> Iterator[str]:
@@ -102,27 +111,27 @@ def test_one_shape_and_every_good_record_once(folder: Path) -> None:
 def test_bad_records_are_counted_and_named_up_to_the_limit(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(folder / "bad.jsonl", [*EIGHT_WAYS, *records(40)])
     with caplog.at_level(logging.WARNING, "train"):
-        data = open_data(config(path, epochs=2, max_bad_records=8, shuffle=False))
+        data = open_data(config(path, epochs=2, max_bad_records=8, shuffle=False, vision_groups=1))
         batches = list(data)
     assert len([q for batch in batches for q in questions(batch)]) == 80
-    bad = data.get_state()["bad"]
+    bad = bad_records(data)
     assert list(bad) == [f"{path}:{line}" for line in range(1, 9)]
     for reason, (name, message) in zip(REASONS, bad.items(), strict=True):
         assert reason in message
         assert any(name in record.message and reason in record.message for record in caplog.records)
     assert len([r for r in caplog.records if "bad record" in r.message]) == 8, "each is named once, not once an epoch"
     with pytest.raises(TrainingError, match=r"8 bad records, more than max_bad_records = 7\. .*bad\.jsonl:8 has \d+ tokens"):
-        list(open_data(config(path, epochs=1, max_bad_records=7, shuffle=False)))
+        list(open_data(config(path, epochs=1, max_bad_records=7, shuffle=False, vision_groups=1)))
 
 
 def test_frames_that_fit_no_batch_make_a_bad_record(folder: Path) -> None:
     path = write_jsonl(folder / "frames.jsonl", [text_record("1", "a"), picture_record("2", "b", *["good.png"] * 3)])
     data = open_data(config(path, epochs=1, shuffle=False))
     assert [q for batch in data for q in questions(batch)] == ["1"]
-    assert "more frames than a vision group of 2 rows of 64 patches" in data.get_state()["bad"][f"{path}:2"]
+    assert "more frames than a vision group of 2 rows of 64 patches" in bad_records(data)[f"{path}:2"]
     data = open_data(config(path, epochs=1, row_patches=32))
     assert [q for batch in data for q in questions(batch)] == ["1"]
-    assert "frame of 64 patches, more than row_patches = 32" in data.get_state()["bad"][f"{path}:2"]
+    assert "frame of 64 patches, more than row_patches = 32" in bad_records(data)[f"{path}:2"]
     data = open_data(config(path, epochs=1, vision_rows=0))
     assert [q for batch in data for q in questions(batch)] == ["1"]
 
@@ -140,18 +149,18 @@ def test_data_without_one_good_record_are_an_error_not_an_endless_search(folder:
     paths = [write_jsonl(folder / f"long{i}.jsonl", [text_record("long " * 200, "yes")] * (i + 1)) for i in range(2)]
     sources = tuple(SourceConfig(str(path), weight=weight) for path in paths)
     with contextlib.closing(open_data(dataclasses.replace(config(paths[0]), sources=sources))) as data:
-        with pytest.raises(TrainingError, match="all 3 records are bad, .* more than sequence_length"):
+        with pytest.raises(TrainingError, match="3 records in a row are bad, .* more than sequence_length"):
             next(data)
 
 
 def test_a_position_past_the_end_of_other_data_is_refused(folder: Path) -> None:
     path = write_jsonl(folder / "four.jsonl", [text_record(str(i), "yes") for i in range(4)])
-    with contextlib.closing(open_data(config(path, epochs=1, shuffle=False))) as data:
-        data.set_state({"next": 4, "waiting": [3], "bad": {}})
+    with contextlib.closing(open_data(config(path, epochs=1, shuffle=False, vision_groups=1))) as data:
+        data.set_state({"0": {"next": 4, "waiting": [3], "bad": {}}})
         assert list(questions(next(data))) == ["3"]
         for state in ({"next": 5, "waiting": [], "bad": {}}, {"next": 4, "waiting": [4], "bad": {}}):
-            with pytest.raises(TrainingError, match="after 5 records of this process's data, which now has 4"):
-                data.set_state(state)
+            with pytest.raises(TrainingError, match="after 5 records of a vision group's data, which now has 4"):
+                data.set_state({"0": state})
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -163,7 +172,7 @@ def test_resume_is_exact_at_every_batch(folder: Path, prefetch: int) -> None:
     for batch in data:
         batches.append(batch)
         states.append(data.get_state())
-    assert any(state["waiting"] for state in states), "a case without waiting documents would prove less"
+    assert any(state["0"]["waiting"] for state in states), "a case without waiting documents would prove less"
     for i, state in enumerate(states):
         resumed = open_data(settings)
         resumed.set_state(json.loads(json.dumps(state)))
@@ -178,7 +187,8 @@ def test_order_is_the_seeds_and_changes_each_epoch(folder: Path) -> None:
     path = write_jsonl(folder / "order.jsonl", [text_record(str(i), "yes") for i in range(40)])
 
     def order(**changes: Any) -> list[str]:
-        return [q for batch in open_data(config(path, epochs=2, lookahead=0, **changes)) for q in questions(batch)]
+        settings = config(path, epochs=2, lookahead=0, vision_groups=1, **changes)
+        return [q for batch in open_data(settings) for q in questions(batch)]
 
     first = order(seed=1)
     assert first == order(seed=1) != order(seed=2)
@@ -187,13 +197,58 @@ def test_order_is_the_seeds_and_changes_each_epoch(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 40, 41])
-def test_processes_share_an_epoch_exactly(folder: Path, count: int) -> None:
+def test_groups_share_an_epoch_exactly_and_do_not_know_who_holds_them(folder: Path, count: int) -> None:
     path = write_jsonl(folder / f"share{count}.jsonl", [text_record(str(i), "yes") for i in range(count)])
-    seen: Counter[str] = Counter()
-    for index in range(4):
-        data = open_data(config(path, epochs=2), process_index=index, process_count=4)
-        seen.update(q for batch in data for q in questions(batch))
-    assert seen == Counter({str(i): 2 for i in range(count)})
+    settings = config(path, epochs=2, batch_rows=8, vision_groups=4)
+    alone = open_data(settings)
+    batches = list(alone)
+    assert Counter(q for batch in batches for q in questions(batch)) == Counter({str(i): 2 for i in range(count)})
+    for held in ((0,), (1, 2), (3,)):
+        part = open_data(settings, *held)
+        own = list(part)
+        for i, batch in enumerate(batches):  # where these groups have ended and others have not, they are empty
+            expected = own[i] if i < len(own) else part.empty
+            rows = [2 * g + row for g in held for row in (0, 1)]
+            assert np.array_equal(batch.input_ids[:, rows], expected.input_ids)
+            assert np.array_equal(batch.position_ids[:, :, rows], expected.position_ids)
+            assert np.array_equal(batch.pixel_values[:, list(held)], expected.pixel_values)
+        states = alone.get_state()
+        assert part.get_state() == {str(g): states[str(g)] for g in held}
+
+
+def test_a_run_goes_on_with_other_holders_of_its_groups(folder: Path) -> None:
+    path = write_jsonl(folder / "holders.jsonl", records(90, every_broken=15))
+    settings = config(path, epochs=1, batch_rows=8, vision_groups=4)
+    whole = list(open_data(settings))
+    first, second = open_data(settings, 0, 1), open_data(settings, 2, 3)
+    for batch in whole[:2]:
+        parts = [next(first), next(second)]
+        assert np.array_equal(batch.input_ids, np.concatenate([part.input_ids for part in parts], axis=1))
+    alone = open_data(settings)
+    alone.set_state({**first.get_state(), **second.get_state()})
+    assert len(whole) > 3 and same(list(alone), whole[2:])
+
+
+@pytest.mark.parametrize(
+    ("given", "shards", "began_with", "found"),
+    [(None, 8, None, 8), (16, 8, None, 16), (None, 4, 8, 8), (8, 2, 8, 8), (None, 1, 8, 8)],
+)
+def test_how_many_groups_there_are(given: int | None, shards: int, began_with: int | None, found: int) -> None:
+    assert config(Path("unused.jsonl"), batch_rows=16, vision_groups=given).num_groups(shards, began_with) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "shards", "began_with", "message"),
+    [
+        (4, 8, None, r"4 vision groups cannot be spread over the mesh's 8 batch shards .* expected a multiple in vision_groups"),
+        (None, 8, 4, r"4 vision groups cannot be spread .* choose a mesh"),
+        (8, 8, 4, r"vision_groups = 8, but the run has dealt its records to 4 groups; expected 4 or null"),
+        (None, 3, None, r"batch_rows = 16 is not a multiple of the 3 vision groups"),
+    ],
+)
+def test_groups_that_cannot_be_spread(given: int | None, shards: int, began_with: int | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(Path("unused.jsonl"), batch_rows=16, vision_groups=given).num_groups(shards, began_with)
 
 
 def test_a_mixture_keeps_its_weights(folder: Path) -> None:
@@ -201,9 +256,9 @@ def test_a_mixture_keeps_its_weights(folder: Path) -> None:
     small = write_jsonl(folder / "small.jsonl", [text_record(f"s{i}", "yes") for i in range(7)])
     sources = (SourceConfig(str(large), weight=3), SourceConfig(str(small), weight=1))
     seen: list[str] = []
-    for index in range(2):
-        settings = DataConfig(sources, sequence_length=96, batch_rows=4, vision_rows=0)
-        data = open_data(settings, process_index=index, process_count=2)
+    for group in range(2):
+        settings = DataConfig(sources, sequence_length=96, batch_rows=8, vision_groups=2, vision_rows=0)
+        data = open_data(settings, group)
         seen += [q for batch in itertools.islice(data, 4) for q in questions(batch)]
         data.close()
     share = sum(q.startswith("s") for q in seen) / len(seen)
@@ -234,7 +289,7 @@ def test_a_video_keeps_its_frames_apart_and_in_order(folder: Path) -> None:
     settings = config(path, epochs=1, shuffle=False, sequence_length=256, batch_rows=1, vision_groups=1, vision_rows=6)
     data = open_data(settings)
     (batch,) = data
-    assert data.get_state()["bad"] == {}
+    assert bad_records(data) == {}
     index = batch.visual_index[0, 0][batch.visual_index[0, 0] >= 0]
     rows = index * 4 // 64
     order = rows[np.r_[True, rows[1:] != rows[:-1]]].tolist()
@@ -286,10 +341,8 @@ def test_data_that_cannot_work_is_refused(folder: Path) -> None:
     path = write_jsonl(folder / "three.jsonl", [text_record(str(i), "yes") for i in range(3)])
     with pytest.raises(ConfigError, match=r"multiple of spatial_merge_size\^2 = 4"):
         open_data(config(path, row_patches=66))
-    with pytest.raises(ConfigError, match="3 records for 4 processes"):
-        open_data(config(path), process_index=0, process_count=4)
-    with pytest.raises(ConfigError, match=r"process_index = 4, expected 0 \.\. 3"):
-        open_data(config(path), process_index=4, process_count=4)
+    with pytest.raises(ConfigError, match="3 records for 4 vision groups"):
+        open_data(config(path, vision_groups=4))
 
 
 RUN = """
@@ -343,19 +396,19 @@ def test_workers_give_the_same_stream_and_resume_exactly(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hundred_thousand_records_stream_in_flat_memory(tmp_path: Path, record: Any) -> None:
-    """1 % broken in 8 ways, over 4 processes: each good record once, and no more memory at the end than after a tenth."""
+    """1 % broken in 8 ways, in 4 groups: each good record once, and no more memory at the end than after a tenth."""
     (tmp_path / "good.png").write_bytes(png(0))
     count = 100_000
     path = write_jsonl(tmp_path / "many.jsonl", records(count, every_broken=100))
-    settings = config(path, epochs=1, batch_rows=64, vision_groups=1, vision_rows=64, max_bad_records=1000, lookahead=8)
+    settings = config(path, epochs=1, batch_rows=256, vision_groups=4, vision_rows=64, max_bad_records=1000, lookahead=8)
     seen, bad, early = Counter(), 0, 0
     for index in range(4):
-        data = open_data(settings, process_index=index, process_count=4)
+        data = open_data(settings, index)
         for number, batch in enumerate(data):
             seen.update(questions(batch))
             if index == 0 and number == 30:
                 early = resident_mib()
-        bad += len(data.get_state()["bad"])
+        bad += len(bad_records(data))
         data.close()
     record("data: MiB more after 100,000 records than after 10,000", resident_mib() - early)
     assert bad == count // 100

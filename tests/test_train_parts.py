@@ -17,11 +17,11 @@ from qvlmoe_jax import Qwen3VLMoeConfig
 from qvlmoe_jax.hf import param_shapes
 from qvlmoe_jax.param_tree import nest
 from tests import cases, hub_configs, tiny, training
-from train.checkpoints import decode_iterator, encode_iterator, fingerprint
+from train.checkpoints import fingerprint
 from train.config import MetricsConfig
 from train.errors import TrainingError
 from train.evaluate import answers
-from train.feed import Counts, Feed, Interrupted, count
+from train.feed import Counts, Feed, Interrupted, count, decode_iterator, encode_iterator
 from train.flops import forward_flops, peak_tflops, step_flops
 from train.metrics import Metrics, read_metrics, router_load
 from train.optim import split_frozen

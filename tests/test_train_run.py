@@ -17,6 +17,7 @@ from tests import tiny, training
 from train import loop
 from train.config import load_config
 from train.errors import TrainingError
+from train.feed import WholeBatches
 from train.run_files import only_writer, start_run
 
 MODEL = tiny.variant(
@@ -92,9 +93,9 @@ def test_a_run_ends_its_data_hears_sigterm_in_validation_and_keeps_its_config_wh
     batches = training.mixed_batches(MODEL, 1)
     opened: list[ClosingData] = []
 
-    def open_data(*_: Any) -> ClosingData:
+    def open_data(*_: Any) -> WholeBatches:
         opened.append(ClosingData(batches))
-        return opened[-1]
+        return WholeBatches(opened[-1])
 
     def endless() -> Iterator[Batch]:
         for number in itertools.count():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +18,11 @@ USAGE = """usage: python -m train CONFIG.yaml [--dotted.key value ...]     train
        python -m train export RUN|RUN/checkpoints/STEP DST [--dtype bfloat16]    write a Hugging Face directory
 
 Every key of the config can be set on the command line, e.g. --optimizer.learning_rate 1e-4 --steps 200 --profile TRACE_DIR.
-Exit status: 0 done, 1 the plan does not fit, 2 an error of yours (one line on stderr), 130 interrupted, 143 stopped by SIGTERM
-after saving."""
+With several processes (docs/pods.md) the same command runs in each: where a cluster starts them, nothing is to be said, else
+--distributed.coordinator HOST:PORT --distributed.num_processes N --distributed.process_id I.
+
+Exit status: 0 done, 1 the plan does not fit or this or another process broke, 2 an error of yours (one line on stderr),
+130 interrupted, 143 stopped by SIGTERM after saving."""
 
 STOPPED = 143  # 128 + SIGTERM, what a shell reports for a program ended by it
 
@@ -31,6 +36,9 @@ def _train(arguments: Sequence[str]) -> int:
 
     config = load_config(arguments[0], arguments[1:])
     from qvlmoe_jax.compilation import persistent_cache
+    from train.processes import initialize
+
+    initialize(config.distributed)
     from train.loop import train
 
     persistent_cache()
@@ -97,7 +105,30 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status."""
+    """Runs one command; returns its exit status.
+
+    As one of several processes it does not return after an error: an orderly end would wait for the others, which wait for it.
+    """
+    try:
+        status = _run(argv)
+    except Exception:
+        if not _among_others():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status not in (0, STOPPED) and _among_others():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _among_others() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain report each file there

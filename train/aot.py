@@ -42,11 +42,11 @@ class Program:
     host_gib: float
 
 
-def abstract_batch(config: TrainConfig, model: Qwen3VLMoeConfig, processes: int) -> Batch:
-    """The Batch of one step over all processes, `[A,B,T]` and `[A,G,R,P,..]`, as ShapeDtypeStructs."""
+def abstract_batch(config: TrainConfig, model: Qwen3VLMoeConfig) -> Batch:
+    """The Batch of one step, `[A,B,T]` and `[A,G,R,P,..]`, as ShapeDtypeStructs."""
     data = config.data
-    A, B, T = data.accumulation, data.batch_rows * processes, data.sequence_length
-    G, R, P = data.vision_groups * processes, data.vision_rows, data.row_patches
+    A, B, T = data.accumulation, data.batch_rows, data.sequence_length
+    G, R, P = data.num_groups(config.mesh.batch_shards), data.vision_rows, data.row_patches
 
     def of(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((A, *shape), dtype)
@@ -90,12 +90,11 @@ def _placed(leaf: Any, sharding: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu", processes: int = 1) -> Program:
+def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu") -> Program:
     """Compiles `train_step` of the config for the mesh's devices.
 
     Args:
       platform: of those devices; settles the backend's `auto` choices.
-      processes: how many hosts feed the mesh (sizes in the config's data section are per process).
     """
     start = time.perf_counter()
     described = model_config(config)
@@ -103,7 +102,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu", proc
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         state = abstract_state(config, model, mesh)
-        batch = abstract_batch(config, described, processes)
+        batch = abstract_batch(config, described)
         batch = jax.tree.map(_placed, batch, batch_shardings(batch, mesh))
         step: Any = make_train_step(
             model,

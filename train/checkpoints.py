@@ -1,16 +1,15 @@
 """Checkpoints of a run: `RUN/checkpoints/STEP`, written in the background by Orbax, checked when read.
 
 Each holds `state` (plain nested dicts: `params` of the whole model, optimizer, counters, key) and `loop` (JSON: the data
-iterators' states and a fingerprint of every array). A damaged checkpoint is reported, moved aside, and the one before is used.
+streams' states and a fingerprint of every array). A damaged checkpoint is reported, moved aside, and the one before is used.
+Nothing in it knows of meshes or processes: any others can go on from it. With several processes all methods are collectives.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from qvlmoe_jax.checkpoint import ARRAYS_DIR, load_shards
+from qvlmoe_jax.orbax_store import OrbaxArrays
 from qvlmoe_jax.param_tree import flatten, nest
+from train import processes
 from train.config import CheckpointConfig
 from train.errors import TrainingError
 from train.optim import join
@@ -84,16 +86,37 @@ def fingerprint(tree: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {path: [int(sums[path]), list(leaf.shape), str(leaf.dtype)] for path, leaf in flat.items()}
 
 
-def encode_iterator(state: Any) -> Any:
-    """An iterator's state (dict or bytes) as JSON."""
-    if isinstance(state, bytes):
-        return {"base64": base64.b64encode(state).decode()}
-    return json.loads(json.dumps(state, default=lambda value: value.item() if hasattr(value, "item") else str(value)))
+class _Damaged(Exception):
+    """A checkpoint that does not read back, in any of the processes."""
 
 
-def decode_iterator(state: Any) -> Any:
-    """The inverse of `encode_iterator`."""
-    return base64.b64decode(state["base64"]) if isinstance(state, dict) and state.keys() == {"base64"} else state
+def _whole(read: Callable[[], Any]) -> Any:
+    """What `read` returns, if it does so in every process; else `_Damaged` in all."""
+    value, reason = None, None
+    try:
+        value = read()
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    reasons = [said for said in processes.gather(reason) if said is not None]
+    if reasons:
+        raise _Damaged(reasons[0])
+    return value
+
+
+def _load(directory: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays on disk, sharded as those of `expected` are; each process reads its own shards."""
+    arrays = OrbaxArrays(directory)
+    loaded = {}
+    for path, leaf in flatten(expected).items():
+        if path not in arrays.names or arrays.shapes[path] != leaf.shape:
+            raise ValueError(f"{path!r} is not there as {list(leaf.shape)}")
+
+        def read(index: tuple[slice, ...], path: str = path) -> np.ndarray:
+            return arrays.read(path, index)
+
+        # A copy: the step donates its state, and on the CPU jax may share the buffer it was given.
+        loaded[path] = jnp.copy(load_shards(read, leaf.shape, leaf.dtype, leaf.sharding))
+    return nest(loaded)
 
 
 class Checkpoints:
@@ -130,7 +153,7 @@ class Checkpoints:
             step,
             {"state": tree, "loop": {**loop, "arrays": fingerprint(tree)}},
             force=True,
-            overwrite=step in self.steps(),
+            overwrite=step in processes.gather(self.steps())[0],
             metrics=None if metrics is None else dict(metrics),
         )
 
@@ -148,18 +171,15 @@ class Checkpoints:
         Raises:
           TrainingError: the checkpoints belong to another model, optimizer or set of frozen parameters; or all are damaged.
         """
-        found = self.steps()
+        found = processes.gather(self.steps())[0]
         for step in reversed(found):
             try:
                 return self._read(step, like)
-            except TrainingError:
-                raise
-            except Exception as error:  # Orbax, TensorStore and JSON each raise their own for damaged files
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                aside = self._move_aside(step)
-                log.warning(
-                    "checkpoint of step %d is damaged (%s); moved to %s, trying the one before", step, reason[:300], aside
-                )
+            except _Damaged as damaged:
+                if processes.is_first():
+                    aside = self._move_aside(step)
+                    log.warning("checkpoint of step %d is damaged (%s); moved to %s, trying the one before", step, damaged, aside)
+                processes.exchange(step)  # none looks for the next one before this one is away
         if found:
             raise TrainingError(
                 f"{self.directory}: all {len(found)} checkpoints are damaged, expected one that reads back; start anew in "
@@ -169,7 +189,7 @@ class Checkpoints:
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         path = self.directory / str(step)
-        loop = ocp.load_checkpointables(str(path), {"loop": None})["loop"]
+        loop = _whole(lambda: ocp.load_checkpointables(str(path), {"loop": None})["loop"])
         expected = to_tree(like)
         stored = loop.pop("arrays")
         here = {p: [list(leaf.shape), str(leaf.dtype)] for p, leaf in flatten(expected).items()}
@@ -179,13 +199,12 @@ class Checkpoints:
                 f"{path}: {len(different)} arrays are not this config's, first {different[0]!r}; expected the model, optimizer, "
                 "dtypes and frozen parameters it was written with; use another run directory for a changed config"
             )
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), expected)
-        tree = ocp.load_checkpointables(str(path), {"state": abstract})["state"]
+        # Not by Orbax, whose processes wait for one another inside: where one finds damage, the others would wait in vain.
+        tree = _whole(lambda: _load(path / ARRAYS_DIR, expected))
         changed = [p for p, value in fingerprint(tree).items() if value != stored[p]]
         if changed:
-            raise ValueError(f"{len(changed)} arrays differ from what was written, first {changed[0]!r}")
-        # Copies: the step donates its state, and Orbax may still share the buffers it gave.
-        return from_tree(jax.tree.map(jnp.copy, tree), like), loop
+            raise _Damaged(f"{len(changed)} arrays differ from what was written, first {changed[0]!r}")
+        return from_tree(tree, like), loop
 
     def _move_aside(self, step: int) -> Path:
         aside = self.run / "damaged_checkpoints"

@@ -125,6 +125,37 @@ class MeshConfig:
     def __post_init__(self) -> None:
         _positive(**vars(self))
 
+    @property
+    def batch_shards(self) -> int:
+        """Over how many parts batch rows and vision groups are spread."""
+        return self.data * self.fsdp * self.expert
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train together. All null: as the environment says (docs/pods.md), alone where it says nothing.
+
+    Attributes:
+      initialize: `auto` calls `jax.distributed.initialize` where these keys, `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES`
+        and `JAX_PROCESS_ID`, or a cluster's own variables (SLURM, Open MPI, TPU pods) ask for it; `always` lets jax look
+        further (the metadata server of a TPU VM); `never` does not.
+      coordinator: `host:port` of process 0. num_processes: how many. process_id: which one this is.
+      heartbeat_timeout: seconds after which a process that is not heard of counts as dead and the others end.
+      initialization_timeout: seconds to wait for the others at the start.
+    """
+
+    initialize: Literal["auto", "always", "never"] = "auto"
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_timeout: int = 100
+    initialization_timeout: int = 300
+
+    def __post_init__(self) -> None:
+        _positive(num_processes=self.num_processes, heartbeat_timeout=self.heartbeat_timeout)
+        _positive(initialization_timeout=self.initialization_timeout)
+        _at_least_zero(process_id=self.process_id)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -209,6 +240,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 

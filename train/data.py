@@ -1,19 +1,24 @@
 """The data pipeline: records -> documents -> packed batches, as a Grain iterator that resumes at the exact next sample.
 
-Each process takes every `process_count`-th record of one global order. Decoding may run in worker processes; packing runs here,
-on the stream in its order, so the batches are the same with any number of workers. The iterator's state is the number of
-records taken, those that wait for the next batch, and the bad ones seen: a few numbers, whatever the size of the data.
+Each vision group (some text rows and their vision rows) is a stream of its own: group g of G takes every G-th record of one
+global order and packs them for itself. A process runs the streams of the groups that its devices hold, so the batches depend on
+G alone. Decoding may run in worker processes; packing runs here, on the stream in its order, so the batches are the same with
+any number of workers. A stream's state is the number of records taken, those that wait for the next batch, and the bad ones
+seen: a few numbers, whatever the size of the data.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
 import grain.experimental
+import jax
+import numpy as np
 
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.config import Qwen3VLMoeConfig
@@ -22,6 +27,7 @@ from qvlmoe_jax.processor import Processor
 from train.data_config import DataConfig
 from train.documents import Document, DocumentMaker
 from train.errors import TrainingError
+from train.feed import Shares, row_axis
 from train.packing import Packer
 from train.records import Records
 
@@ -31,35 +37,46 @@ READ_THREADS = 4  # in this process; a worker process uses one
 
 
 def make_data(
-    config: DataConfig, model_config: Qwen3VLMoeConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator[Batch]:
-    """The training data of one process.
+    config: DataConfig, model_config: Qwen3VLMoeConfig, processor: Processor, *, shares: Shares | None = None
+) -> GroupedData:
+    """The data of one process.
 
     Args:
       processor: of the checkpoint that is trained.
-    Returns:
-      an iterator of numpy Batches, every array with a leading A (microbatches). `get_state` and `set_state` are exact, also
-      when the number of workers changes. Close it to end its threads and workers.
+      shares: how many groups there are and which of them this process holds; None = all of `config.vision_groups` (or one).
     Raises:
       ConfigError: files or sizes that cannot work. While iterating, TrainingError: too many bad records, named.
     """
     unit = model_config.vision_config.merge_unit
     if config.vision_rows and config.row_patches % unit:
         raise ConfigError(f"row_patches = {config.row_patches}, expected a multiple of spatial_merge_size^2 = {unit}")
-    records, different = _order(config, process_index, process_count)
+    shares = Shares.whole(config.num_groups(1)) if shares is None else shares
+    records, epoch = _order(config, shares.num_groups)
     documents = records.map(DocumentMaker(config, model_config, processor))
-    packed: grain.IterDataset[Batch] = _PackedDataset(
-        documents, different, config, lambda: Packer(config, model_config.vision_config)
-    )
+    group = _of_a_group(config, shares)
+
+    def open_streams() -> grain.DatasetIterator[Batch]:
+        bad = _BadRecords(config.max_bad_records, epoch)
+        threads = max(1, READ_THREADS // len(shares.held))
+        packer = Packer(group, model_config.vision_config)  # holds one batch at a time
+        streams = {str(g): _Stream(documents[g :: shares.num_groups], group, packer, bad, threads) for g in shares.held}
+        return _GroupsIterator(streams, bad)
+
+    packed: grain.IterDataset[Batch] = _GroupsDataset(open_streams)
     if config.prefetch:
         packed = grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.prefetch)
-    return iter(packed)
+    return GroupedData(iter(packed), shares, Packer(group, model_config.vision_config).finish())
 
 
-def _order(config: DataConfig, process_index: int, process_count: int) -> tuple[grain.MapDataset[Any], int]:
-    """This process's records in the order it will see them, over all epochs; and how many different ones these are."""
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index = {process_index}, expected 0 .. {process_count - 1}")
+def _of_a_group(config: DataConfig, shares: Shares) -> DataConfig:
+    """The sizes of one stream's batches, and its part of the process's threads and workers."""
+    rows, left = divmod(config.batch_rows, shares.num_groups)
+    assert not left
+    return dataclasses.replace(config, batch_rows=rows, vision_groups=1, workers=-(-config.workers // len(shares.held)))
+
+
+def _order(config: DataConfig, num_groups: int) -> tuple[grain.MapDataset[Any], int]:
+    """The records in the order in which they are dealt to the groups, over all epochs; and how many an epoch has."""
 
     def shuffled(records: Records, seed: int) -> grain.MapDataset[Any]:
         dataset = grain.MapDataset.source(records)
@@ -67,88 +84,180 @@ def _order(config: DataConfig, process_index: int, process_count: int) -> tuple[
 
     if config.sources[0].weight is None:
         joined = shuffled(Records(config.sources, cache_dir=config.cache_dir), config.seed)
-        if len(joined) < process_count:
-            raise ConfigError(f"{len(joined)} records for {process_count} processes, expected at least one for each")
-        own = joined[process_index::process_count]
-        return own.repeat(config.epochs), len(own)
+        if len(joined) < num_groups:
+            raise ConfigError(f"{len(joined)} records for {num_groups} vision groups, expected at least one for each")
+        return joined.repeat(config.epochs), len(joined)
     # Repeating each source for itself, with a seed of its own, keeps the weights exact however different the sizes.
     parts = [Records([source], cache_dir=config.cache_dir) for source in config.sources]
     endless = [shuffled(part, config.seed + 7919 * i).repeat() for i, part in enumerate(parts)]
     mixed = grain.MapDataset.mix(endless, weights=[source.weight for source in config.sources])  # pyright: ignore[reportArgumentType]
-    return mixed[process_index::process_count], sum(map(len, parts))
+    return mixed, sum(map(len, parts))
 
 
-class _PackedDataset(grain.IterDataset[Batch]):
-    """Documents, packed. (An `IterDataset`, so that Grain's thread can run ahead of it.)"""
+class GroupedData:
+    """Batches of the groups that this process holds, every array with a leading A and their rows in the groups' order.
 
-    def __init__(
-        self, documents: grain.MapDataset[Document], different: int, config: DataConfig, make_packer: Callable[[], Packer]
-    ):
-        super().__init__()
-        self._documents, self._different, self._config, self._make_packer = documents, different, config, make_packer
+    A group whose records have ended is empty in the batches until all have. Close it to end its threads and workers.
 
-    def __iter__(self) -> grain.DatasetIterator[Batch]:
-        return _PackedIterator(self._documents, self._different, self._config, self._make_packer())
+    Attributes:
+      shares: which groups these are. empty: a batch without documents.
+    """
 
+    def __init__(self, batches: grain.DatasetIterator[Batch], shares: Shares, empty_group: Batch):
+        self.shares = shares
+        self.empty = _side_by_side([empty_group] * len(shares.held))
+        self._batches = batches
 
-class _PackedIterator(grain.DatasetIterator[Batch]):
-    """Reads documents in order and packs them. Positions count documents of this process since the first epoch's start."""
-
-    def __init__(self, documents: grain.MapDataset[Document], different: int, config: DataConfig, packer: Packer):
-        """
-        Args:
-          different: how many of the documents are not repetitions.
-        """
-        super().__init__()
-        self._documents, self._different, self._config, self._packer = documents, different, config, packer
-        self._next = 0
-        self._waiting: list[tuple[int, Document]] = []  # documents that the last batch had no room for, in order
-        self._bad: dict[str, str] = {}
-        self._stream: grain.DatasetIterator[Document] | None = None
+    def __iter__(self) -> GroupedData:
+        return self
 
     def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """By group (its number as a string): where its stream is. Exact, also when the number of workers changes."""
+        return self._batches.get_state()
+
+    def set_state(self, states: Mapping[str, Any]) -> None:
+        """Sets the streams held here; `states` may have others."""
+        self._batches.set_state({str(g): states[str(g)] for g in self.shares.held})
+
+    def close(self) -> None:
+        """Ends threads and workers."""
+        self._batches.close()
+
+
+def _side_by_side(groups: Sequence[Batch]) -> Batch:
+    """Batches `[A,rows,...]` of single groups as one."""
+    if len(groups) == 1:
+        return groups[0]
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: np.concatenate(leaves, axis=row_axis(path)), *groups)
+
+
+class _GroupsDataset(grain.IterDataset[Batch]):
+    """An `IterDataset`, so that Grain's thread can run ahead of it."""
+
+    def __init__(self, open_streams: Callable[[], grain.DatasetIterator[Batch]]):
+        super().__init__()
+        self._open_streams = open_streams
+
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        return self._open_streams()
+
+
+class _GroupsIterator(grain.DatasetIterator[Batch]):
+    """The streams of several groups, side by side."""
+
+    def __init__(self, streams: dict[str, _Stream], bad: _BadRecords):
+        super().__init__()
+        self._streams, self._bad = streams, bad
+
+    def __next__(self) -> Batch:
+        filled, parts = False, []
+        for stream in self._streams.values():
+            filled |= stream.fill()
+            parts.append(stream.packer.finish())
+        if not filled:
+            raise StopIteration
+        return _side_by_side(parts)
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: stream.get_state() for name, stream in self._streams.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._bad.names = {name for own in state.values() for name in own["bad"]}
+        for group, stream in self._streams.items():
+            stream.set_state(state[group])
+
+    def close(self) -> None:
+        """Ends worker processes and threads."""
+        for stream in self._streams.values():
+            stream.close()
+        super().close()
+
+
+class _BadRecords:
+    """Those that this process has met, in all its streams."""
+
+    def __init__(self, limit: int, epoch: int):
+        """
+        Args:
+          epoch: how many records are read before they repeat.
+        """
+        self._limit, self._epoch = limit, epoch
+        self.names: set[str] = set()
+
+    def count(self, own: dict[str, str], in_a_row: int, name: str, error: str) -> None:
+        """Counts a bad record once, however many epochs and streams meet it.
+
+        Args:
+          own: the stream's, which gets it. in_a_row: how many documents of the stream were bad since its last good one.
+        Raises:
+          TrainingError: too many, or nothing else to be found.
+        """
+        if name not in self.names:
+            self.names.add(name)
+            own[name] = error
+            log.warning("bad record %s %s; skipped (%d of at most %d)", name, error, len(self.names), self._limit)
+            if len(self.names) > self._limit:
+                newest = "; ".join(f"{name} {error}" for name, error in list(own.items())[-3:])
+                raise TrainingError(
+                    f"{len(self.names)} bad records, more than max_bad_records = {self._limit}. The last: {newest}"
+                )
+        if in_a_row >= self._epoch:  # else an endless repetition would be searched for a good one, endlessly
+            raise TrainingError(f"{in_a_row} records in a row are bad, as many as there are. The last: {name} {error}")
+
+
+class _Stream:
+    """One group's documents, read in order and packed. Positions count its documents since the first epoch's start."""
+
+    def __init__(
+        self, documents: grain.MapDataset[Document], config: DataConfig, packer: Packer, bad: _BadRecords, threads: int
+    ):
+        """
+        Args:
+          config: with the sizes and workers of this stream alone. threads: that read and decode where there are no workers.
+        """
+        self.packer = packer
+        self._documents, self._config, self._all_bad, self._threads = documents, config, bad, threads
+        self._next = self._bad_in_a_row = 0
+        self._waiting: list[tuple[int, Document]] = []  # documents that the last batch had no room for, in order
+        self._bad: dict[str, str] = {}
+        self._reader: grain.DatasetIterator[Document] | None = None
+
+    def fill(self) -> bool:
+        """Packs the next batch; False when no document is left for it."""
         waiting, self._waiting = self._waiting, []
         for position, document in waiting:
             self._place(position, document)
-        while not self._packer.full and len(self._waiting) <= self._config.lookahead:
-            document = next(self._open_stream(), None)
+        while not self.packer.full and len(self._waiting) <= self._config.lookahead:
+            document = next(self._open_reader(), None)
             if document is None:
                 break
             position, self._next = self._next, self._next + 1
             if document["error"] is None:
                 self._place(position, document)
             else:
-                self._count(document)
-        if self._packer.empty:
-            raise StopIteration
-        return self._packer.finish()
+                self._count(document["name"], document["error"])
+        return not self.packer.empty
 
     def _place(self, position: int, document: Document) -> None:
-        if not self._packer.add(document):
-            if self._packer.empty:  # more frames than a group's rows hold, although each is small enough
-                rows = f"{self._config.vision_rows} rows of {self._config.row_patches} patches"
-                self._count({**document, "error": f"has more frames than a vision group of {rows} holds"})
-            else:
-                self._waiting.append((position, document))
+        if self.packer.add(document):
+            self._bad_in_a_row = 0
+        elif self.packer.empty:  # more frames than a group's rows hold, although each is small enough
+            rows = f"{self._config.vision_rows} rows of {self._config.row_patches} patches"
+            self._count(document["name"], f"has more frames than a vision group of {rows} holds")
+        else:
+            self._waiting.append((position, document))
 
-    def _count(self, document: Document) -> None:
-        """Counts a bad record once, however many epochs meet it."""
-        name, error = document["name"], document["error"]
-        if name in self._bad:
-            return
-        self._bad[name] = error
-        limit = self._config.max_bad_records
-        log.warning("bad record %s %s; skipped (%d of at most %d)", name, error, len(self._bad), limit)
-        if len(self._bad) > limit:
-            newest = "; ".join(f"{name} {error}" for name, error in list(self._bad.items())[-3:])
-            raise TrainingError(f"{len(self._bad)} bad records, more than max_bad_records = {limit}. The last: {newest}")
-        if len(self._bad) == self._different:  # else an endless repetition would be searched for a good one, endlessly
-            raise TrainingError(f"all {self._different} records are bad, expected one to train on. The last: {name} {error}")
+    def _count(self, name: str, error: str) -> None:
+        self._bad_in_a_row += 1
+        self._all_bad.count(self._bad, self._bad_in_a_row, name, error)
 
-    def _open_stream(self) -> grain.DatasetIterator[Document]:
-        if self._stream is None:
+    def _open_reader(self) -> grain.DatasetIterator[Document]:
+        if self._reader is None:
             workers = self._config.workers
-            threads = READ_THREADS if not workers else 1
+            threads = self._threads if not workers else 1
             options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
             remaining = self._documents[self._next :]
             if workers:
@@ -157,34 +266,32 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
                 # which outlives a killed process.
                 sent = remaining.map(pickle.dumps).to_iter_dataset(options)
                 received = sent.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=16))
-                self._stream = iter(received.map(pickle.loads))
+                self._reader = iter(received.map(pickle.loads))
             else:
-                self._stream = iter(remaining.to_iter_dataset(options))
-        return self._stream
+                self._reader = iter(remaining.to_iter_dataset(options))
+        return self._reader
 
     def get_state(self) -> dict[str, Any]:
+        """A few numbers, and the bad records that this stream met first."""
         return {"next": self._next, "waiting": [position for position, _ in self._waiting], "bad": dict(self._bad)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._close_stream()
+        """The inverse of `get_state`."""
+        self.close()
         furthest = max([int(state["next"]) - 1, *state["waiting"]])
         if furthest >= len(self._documents):
             raise TrainingError(
-                f"the checkpoint was made after {furthest + 1} records of this process's data, which now has "
+                f"the checkpoint was made after {furthest + 1} records of a vision group's data, which now has "
                 f"{len(self._documents)}; expected the data it was made with, or more"
             )
         self._next, self._bad = int(state["next"]), dict(state["bad"])
         self._waiting = [(position, self._documents[position]) for position in state["waiting"]]
 
-    def _close_stream(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
     def close(self) -> None:
         """Ends worker processes and threads."""
-        self._close_stream()
-        super().close()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
 
 def _allow_workers() -> None:

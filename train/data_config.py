@@ -33,22 +33,25 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Records to batches of one fixed shape. Sizes are per process.
+    """Records to batches of one fixed shape. Sizes are of the whole batch, over all processes.
 
     Attributes:
       sources: the files.
       sequence_length: T, tokens in a text row; a longer record is a bad one.
       batch_rows: B, text rows of a microbatch.
       accumulation: A, microbatches of a step; every array of a batch leads with it.
-      vision_groups: G; a multiple of this process's batch shards that divides batch_rows.
+      vision_groups: G; each group is a stream of its own: every G-th record, packed into B/G text rows and their vision rows. It
+        divides batch_rows and is a multiple of the mesh's batch shards (data x fsdp x expert); None = as many as the mesh had
+        when the run began. Batches depend on it, and on no number of processes.
       vision_rows: R, vision rows of a group; 0 = text only.
       row_patches: P, patches of a vision row; a multiple of spatial_merge_size^2. A frame with more is a bad record.
       epochs: passes over the records; None = without end.
       shuffle: a new order each epoch, by `seed`. False keeps the files' order.
       label_newline: also learn the newline that follows an assistant turn's `<|im_end|>`.
-      max_bad_records: how many different records may be skipped before the run stops.
-      lookahead: documents that may wait for the next batch while later ones fill this one's gaps.
-      workers: processes that decode; 0 decodes in the training process. The batches are the same either way.
+      max_bad_records: how many different records a training process may skip before the run stops.
+      lookahead: documents of a group that may wait for the next batch while later ones fill this one's gaps.
+      workers: processes that decode for each training process, rounded up to a multiple of its groups; 0 decodes in the training
+        process. The batches are the same either way.
       prefetch: batches made ahead by a thread.
       cache_dir: where a Parquet file's random-access copy lives; None = `$XDG_CACHE_HOME/qvlmoe_jax` or `~/.cache/qvlmoe_jax`.
     """
@@ -57,7 +60,7 @@ class DataConfig:
     sequence_length: int = 2048
     batch_rows: int = 1
     accumulation: int = 1
-    vision_groups: int = 1
+    vision_groups: int | None = None
     vision_rows: int = 1
     row_patches: int = 4096
     epochs: int | None = None
@@ -78,7 +81,7 @@ class DataConfig:
             value = getattr(self, field.name)
             if type(value) is int and value < least.get(field.name, 1):
                 raise ConfigError(f"{field.name} = {value}, expected at least {least.get(field.name, 1)}")
-        if self.batch_rows % self.vision_groups:
+        if self.vision_groups and self.batch_rows % self.vision_groups:
             raise ConfigError(f"batch_rows = {self.batch_rows} is not a multiple of vision_groups = {self.vision_groups}")
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
@@ -86,3 +89,26 @@ class DataConfig:
             raise ConfigError(f"{missing} has no weight, but other sources have one; expected all of them or none")
         if any(weighted) and self.epochs is not None:
             raise ConfigError(f"epochs = {self.epochs}, but a mixture with weights has no end; expected epochs: null")
+
+    def num_groups(self, batch_shards: int, began_with: int | None = None) -> int:
+        """G on a mesh of so many batch shards.
+
+        Args:
+          began_with: G of the run that is resumed: its streams go on, whatever the mesh.
+        Raises:
+          ConfigError: G cannot be spread over the mesh or the rows, or is not the resumed run's.
+        """
+        if began_with and self.vision_groups not in (None, began_with):
+            raise ConfigError(
+                f"vision_groups = {self.vision_groups}, but the run has dealt its records to {began_with} groups; expected "
+                f"{began_with} or null"
+            )
+        groups = began_with or self.vision_groups or batch_shards
+        if groups % batch_shards:
+            raise ConfigError(
+                f"{groups} vision groups cannot be spread over the mesh's {batch_shards} batch shards (data x fsdp x expert); "
+                + ("choose a mesh whose batch shards divide them" if began_with else "expected a multiple in vision_groups")
+            )
+        if self.batch_rows % groups:
+            raise ConfigError(f"batch_rows = {self.batch_rows} is not a multiple of the {groups} vision groups")
+        return groups

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from train.errors import TrainingError
@@ -41,10 +42,11 @@ def answers(targets_BT: jax.Array, correct_BT: jax.Array) -> tuple[jax.Array, ja
     return jnp.sum(count).astype(jnp.float32), right.astype(jnp.float32)
 
 
-def make_evaluate(model: Qwen3VLMoeForConditionalGeneration, *, chunk_tokens: int, compute_dtype: Any) -> Evaluate:
+def make_evaluate(
+    model: Qwen3VLMoeForConditionalGeneration, *, chunk_tokens: int, compute_dtype: Any, mesh: Mesh | None = None
+) -> Evaluate:
     """`(params, frozen, batch [A,...]) -> sums`: `cross_entropy`, `tokens`, `correct`, `answers`, `right`; one program."""
 
-    @jax.jit
     def evaluate(params: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         params = jax.tree.map(lambda p: p.astype(compute_dtype), params)
         ready = model.with_params(join(params, frozen))
@@ -62,7 +64,8 @@ def make_evaluate(model: Qwen3VLMoeForConditionalGeneration, *, chunk_tokens: in
 
         return jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.lax.map(micro, batch))
 
-    return evaluate
+    # The sums whole on every device, so that every process can read them.
+    return jax.jit(evaluate, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def validate(evaluate: Evaluate, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,13 +23,15 @@ from jax.sharding import Mesh
 
 from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, make_mesh
 from qvlmoe_jax.checkpoint import load_params, open_weights
-from train.checkpoints import Checkpoints, decode_iterator, encode_iterator
+from qvlmoe_jax.errors import ConfigError
+from train import processes
+from train.checkpoints import Checkpoints
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.data_config import DataConfig
 from train.errors import TrainingError
 from train.evaluate import make_evaluate, validate
-from train.feed import Counts, DataIterator, Fed, Feed, Interrupted, OpenedData, place
+from train.feed import Counts, Data, DataIterator, Fed, Feed, Interrupted, Shares, WholeBatches
 from train.flops import peak_tflops, step_flops
 from train.metrics import Metrics, memory_gib, router_load
 from train.optim import make_optimizer, schedule
@@ -45,7 +47,7 @@ SHOWN_VALIDATION = ("validation_loss", "token_accuracy", "exact_match")
 
 @dataclass
 class Interrupt:
-    """SIGTERM sets `asked`; the loop saves and leaves after the step it is in."""
+    """SIGTERM sets `asked`; all processes save and leave before the next step that none of them has begun."""
 
     asked: bool = False
 
@@ -74,7 +76,6 @@ class Interval:
     started: float = field(default_factory=time.perf_counter)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
-    flops: float = 0.0
     paused: float = 0.0  # validation and saving, which are not step time
 
     @contextlib.contextmanager
@@ -84,11 +85,17 @@ class Interval:
         yield
         self.paused += time.perf_counter() - start
 
-    def summary(self, waited: float, peak_flops: float | None) -> dict[str, Any]:
-        """Averages over the interval; rates count all processes. Waits for the device."""
+    def summary(self, waited: float, flops: Callable[[Counts], float], peak_flops: float | None) -> dict[str, Any]:
+        """Averages over the interval, of all processes (a collective). Waits for the device.
+
+        Args:
+          waited: seconds that this process waited for data; the longest of all counts. flops: what the model needs for a batch.
+        """
         steps = jax.device_get(self.metrics)
         seconds = time.perf_counter() - self.started - self.paused
-        everyone = jax.process_count()
+        said = processes.gather({"waited": waited, **vars(self.counts)})
+        waited = max(own.pop("waited") for own in said)
+        counts = sum((Counts(**own) for own in said), Counts())
         tokens = np.array([step["tokens"] for step in steps], np.float64)
         last = steps[-1]
         means = {
@@ -97,7 +104,7 @@ class Interval:
         }
         routers = [step["router"] for step in steps if step["router"] is not None]
         load = router_load(sum(r.tokens_per_expert for r in routers)) if routers else None
-        achieved = self.flops * everyone / seconds
+        achieved = flops(counts) / seconds
         return {
             **means,
             "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
@@ -105,23 +112,33 @@ class Interval:
             "bad_steps": int(last["bad_steps"]),
             "bad_in_a_row": int(last["bad_in_a_row"]),
             "tokens": float(tokens.sum()),
-            "tokens_per_second": self.counts.tokens * everyone / seconds,
-            "samples_per_second": self.counts.samples * everyone / seconds,
+            "tokens_per_second": counts.tokens / seconds,
+            "samples_per_second": counts.samples / seconds,
             "step_seconds": seconds / len(steps),
             "data_wait_seconds": waited / len(steps),
             "data_wait_fraction": waited / seconds,
             "model_tflops_per_second": achieved / 1e12,
             "mfu": None if peak_flops is None else achieved / peak_flops,
-            "text_padding": 1 - self.counts.tokens / max(self.counts.slots, 1),
-            "vision_padding": 1 - self.counts.patches / self.counts.patch_slots if self.counts.patch_slots else None,
+            "text_padding": 1 - counts.tokens / max(counts.slots, 1),
+            "vision_padding": 1 - counts.patches / counts.patch_slots if counts.patch_slots else None,
             "router": load,
             **memory_gib(),
         }
 
 
 def open_mesh(config: TrainConfig) -> Mesh | None:
-    """The mesh the config asks for, or None when every axis is 1."""
+    """The mesh the config asks for, or None when every axis is 1.
+
+    Raises:
+      ConfigError: fewer devices than that; or, with several processes, more: one of them might have no part in the mesh.
+    """
     sizes = plain(config.mesh)
+    wanted, found = math.prod(sizes.values()), jax.device_count()
+    if jax.process_count() > 1 and wanted != found:
+        raise ConfigError(
+            f"mesh has {wanted} device{'s' * (wanted > 1)}, and the {jax.process_count()} processes have {found}; expected mesh "
+            f"sizes whose product is {found}"
+        )
     return None if all(size == 1 for size in sizes.values()) else make_mesh(**sizes)
 
 
@@ -148,18 +165,17 @@ def _processor(directory: Path) -> Any:
     return Processor.from_pretrained(directory)
 
 
-def open_data(config: TrainConfig, section: DataConfig) -> OpenedData:
-    """The data pipeline of one section (`data` or `validation.data`) for this process."""
+def open_data(config: TrainConfig, section: DataConfig, mesh: Mesh | None, began_with: int | None = None) -> Data:
+    """The data pipeline of one section (`data` or `validation.data`) for this process.
+
+    Args:
+      began_with: vision groups of the run that is resumed.
+    """
     from train.data import make_data
 
     hf = Path(config.run).resolve() / HF_DIR
-    return make_data(
-        section,
-        Qwen3VLMoeConfig.from_json(hf),
-        _processor(hf),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    shares = Shares.on(mesh, section.num_groups(config.mesh.batch_shards, began_with))
+    return make_data(section, Qwen3VLMoeConfig.from_json(hf), _processor(hf), shares=shares)
 
 
 def train(
@@ -171,8 +187,8 @@ def train(
     """Runs the config to its last step, from the newest checkpoint of its run if there is one.
 
     Args:
-      data: replaces the pipeline of `config.data`. validation: gives the held-out batches anew each time, instead of
-        `config.validation.data`.
+      data: replaces the pipeline of `config.data`: whole batches, the same in every process. validation: gives such held-out
+        batches anew each time, instead of `config.validation.data`.
     Returns:
       the final state. After SIGTERM, the state it saved: its step is then less than `config.steps`.
     Raises:
@@ -196,17 +212,23 @@ def train(
             mesh=mesh,
         )
         checkpoints = stack.enter_context(Checkpoints(config.run, config.checkpoint))
-        if data is None:
-            data = opened = open_data(config, config.data)
-            stack.callback(opened.close)
         if validation is None and config.validation is not None:
-            _open_validation(config).close()  # what is wrong with it is said now, not at the first validation
+            _open_validation(config, mesh).close()  # what is wrong with it is said now, not at the first validation
         restored = checkpoints.restore(state)
+        streams = None
         if restored is not None:
             state, loop = restored
-            data.set_state(decode_iterator(loop["data"][jax.process_index()]))
-            log.warning("resumed from the checkpoint of step %d", int(state.step))
-        if jax.process_index() == 0:
+            streams = loop["data"]
+        if data is not None:
+            source: Data = WholeBatches(data)
+        else:
+            source = open_data(config, config.data, mesh, len(streams) if streams else None)
+            stack.callback(source.close)
+        if streams is not None:
+            source.set_state({str(group): stream for group, stream in enumerate(streams)})
+            if processes.is_first():
+                log.warning("resumed from the checkpoint of step %d", int(state.step))
+        if processes.is_first():
             save_config(config)
         start = int(state.step)
         metrics = Metrics(config.run, config.metrics, plain(config), resume_step=start)
@@ -221,13 +243,22 @@ def train(
             state=state,
             mesh=mesh,
         )
-        evaluate = make_evaluate(model, chunk_tokens=config.loss.chunk_tokens, compute_dtype=compute_dtype)
+        evaluate = make_evaluate(model, chunk_tokens=config.loss.chunk_tokens, compute_dtype=compute_dtype, mesh=mesh)
         interrupt = Interrupt()
-        feed = Feed(data, mesh=mesh, stop=lambda: interrupt.asked)
+        feed = Feed(source, mesh=mesh, stop=lambda: interrupt.asked)
         stack.callback(feed.close)
         stack.enter_context(interrupt.listening())
         peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0].device_kind)
         peak_flops = None if peak is None else peak * 1e12 * jax.device_count()
+
+        trained, frozen = (jax.tree.map(jax.typeof, part) for part in (state.params, state.frozen))
+
+        def log_interval(done: int) -> None:
+            nonlocal interval
+            values = interval.summary(feed.waited, lambda c: step_flops(model.config, c, trained, frozen), peak_flops)
+            feed.waited, interval = 0.0, Interval()
+            metrics.write("train", done, values, show=SHOWN)
+            _check_bad_steps(config, done, values)
 
         interval, compiled, fed = Interval(), None, None
         for number in range(start, config.steps):
@@ -235,14 +266,17 @@ def train(
                 jax.profiler.start_trace(config.profile)
                 stack.callback(jax.profiler.stop_trace)
             try:
-                fed = next(feed)
+                ahead = next(feed)
             except StopIteration:
                 raise TrainingError(
                     f"the data ended after {number} of {config.steps} steps; lower steps or let the data repeat"
                 ) from None
             except Interrupted:
+                if interval.metrics:
+                    log_interval(number)
                 _save_and_leave(checkpoints, number, config, state, fed)
                 return state
+            fed = ahead
             if interval.metrics:  # at most one step is in flight behind the one that starts
                 jax.block_until_ready(interval.metrics[-1]["loss"])
                 _check_bad_steps(config, number, interval.metrics[-1])
@@ -253,52 +287,45 @@ def train(
             state, step_metrics = compiled(state, fed.batch)  # another shape would be an error, not a second compilation
             interval.metrics.append(step_metrics)
             interval.counts += fed.counts
-            interval.flops += step_flops(model.config, fed.counts, state.params, state.frozen)
             done, last = number + 1, number + 1 == config.steps
 
-            if done % config.metrics.every == 0 or last or interrupt.asked:
-                values = interval.summary(feed.waited, peak_flops)
-                feed.waited, interval = 0.0, Interval()
-                metrics.write("train", done, values, show=SHOWN)
-                _check_bad_steps(config, done, values)
+            if done % config.metrics.every == 0 or last:
+                log_interval(done)
             scores = None
             if config.validation is not None and (done % config.validation.every == 0 or last):
                 with interval.pause(), contextlib.suppress(Interrupted):
                     scores = validate(evaluate, state, _validation_batches(config, mesh, validation, interrupt))
                     metrics.write("validation", done, scores, show=SHOWN_VALIDATION)
             every = config.checkpoint.every
-            if last or interrupt.asked or (every and done % every == 0):
+            if last or (every and done % every == 0):
                 with interval.pause():
-                    checkpoints.save(done, state, {"data": _iterator_states(fed.state)}, scores)
-            if interrupt.asked and not last:
-                _save_and_leave(checkpoints, done, config, state, fed)
-                return state
+                    checkpoints.save(done, state, {"data": _streams(fed)}, scores)
         checkpoints.wait()
-        if config.checkpoint.export and jax.process_index() == 0:
+        if config.checkpoint.export:
             export(Path(config.run) / EXPORT_DIR, Path(config.run), model, all_params(state), config.checkpoint.export_dtype)
         return state
 
 
 def _open_run(config: TrainConfig, stack: contextlib.ExitStack) -> None:
     """The run's directory and files, by process 0; the others wait for them."""
-    if jax.process_index() == 0:
+
+    def start() -> None:
         stack.enter_context(only_writer(Path(config.run)))
         for line in start_run(config):
             log.warning("resuming with another config: %s", line)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("run directory")
+    processes.by_first(start)
 
 
 def _save_and_leave(checkpoints: Checkpoints, done: int, config: TrainConfig, state: TrainState, fed: Fed | None) -> None:
     """The end of a run that SIGTERM stops after `done` steps, of which this process took the one fed by `fed`, or none."""
     checkpoints.wait()
-    if fed is not None and done not in checkpoints.steps():
-        checkpoints.save(done, state, {"data": _iterator_states(fed.state)})
+    if fed is not None and done not in processes.gather(checkpoints.steps())[0]:
+        checkpoints.save(done, state, {"data": _streams(fed)})
         checkpoints.wait()
-    what = f"saved step {done} of {config.steps}" if done in checkpoints.steps() else "no step to save yet"
-    print(f"SIGTERM: {what}; the same command goes on from there", flush=True)
+    if processes.is_first():
+        what = f"saved step {done} of {config.steps}" if done in checkpoints.steps() else "no step to save yet"
+        print(f"SIGTERM: {what}; the same command goes on from there", flush=True)
 
 
 def _check_bad_steps(config: TrainConfig, done: int, values: Mapping[str, Any]) -> None:
@@ -309,10 +336,10 @@ def _check_bad_steps(config: TrainConfig, done: int, values: Mapping[str, Any]) 
         )
 
 
-def _open_validation(config: TrainConfig) -> OpenedData:
+def _open_validation(config: TrainConfig, mesh: Mesh | None) -> Data:
     assert config.validation is not None
     section = config.validation.data
-    return open_data(config, dataclasses.replace(section, epochs=1) if config.validation.batches is None else section)
+    return open_data(config, dataclasses.replace(section, epochs=1) if config.validation.batches is None else section, mesh)
 
 
 def _validation_batches(
@@ -320,26 +347,17 @@ def _validation_batches(
 ) -> Iterator[Batch]:
     """The held-out batches; `Interrupted` ends them on SIGTERM, which leaves seconds where a validation may take minutes."""
     assert config.validation is not None
-    batches: Any = _open_validation(config) if validation is None else iter(validation())
+    data = _open_validation(config, mesh) if validation is None else WholeBatches(validation())
+    feed = Feed(data, mesh=mesh, ahead=1, stop=lambda: interrupt.asked)
     try:
-        for batch in itertools.islice(batches, config.validation.batches):
-            if interrupt.asked:
-                raise Interrupted
-            yield place(batch, mesh)
+        for fed in itertools.islice(feed, config.validation.batches):
+            yield fed.batch
     finally:
-        getattr(batches, "close", lambda: None)()
+        feed.close()
+        data.close()
 
 
-def _iterator_states(own: Any) -> list[Any]:
-    """The iterator states of all processes, in their order."""
-    mine = encode_iterator(own)
-    if jax.process_count() == 1:
-        return [mine]
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([len(text)]))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[: int(size)])) for row, size in zip(rows, sizes.reshape(-1), strict=True)]
+def _streams(fed: Fed) -> list[Any]:
+    """Where the streams of all groups are after a batch, in their order; those of this and the other processes."""
+    states = {group: state for own in processes.gather(fed.state) for group, state in own.items()}
+    return [states[str(group)] for group in range(len(states))]

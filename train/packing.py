@@ -36,7 +36,7 @@ class Packer:
     def __init__(self, config: DataConfig, vision: Qwen3VLMoeVisionConfig):
         self._config, self._vision = config, vision
         self._A, self._B, self._T = config.accumulation, config.batch_rows, config.sequence_length
-        self._G, self._R, self._P = config.vision_groups, config.vision_rows, config.row_patches
+        self._G, self._R, self._P = config.num_groups(1), config.vision_rows, config.row_patches
         self._clear()
 
     def _clear(self) -> None:

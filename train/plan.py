@@ -23,12 +23,12 @@ from train.work import full_counts, work
 
 @dataclass(frozen=True)
 class Plan:
-    """What a compiled step shows. `processes`: hosts of the topology; the other fields as in the modules they come from."""
+    """What a compiled step shows. `hosts`: of the topology; the other fields as in the modules they come from."""
 
     config: TrainConfig
     model: Qwen3VLMoeConfig
     topology: Topology
-    processes: int
+    hosts: int
     program: Program
     sent: list[Collective]
     least: list[Term]
@@ -46,7 +46,7 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Text tokens of a step."""
-        return full_counts(self.config, self.processes).tokens
+        return full_counts(self.config).tokens
 
 
 def check(config: TrainConfig, topology: Topology) -> None:
@@ -70,14 +70,14 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     """Compiles the config's step for the topology and reads the program."""
     check(config, topology)
     devices = open_devices(topology)
-    processes = len({device.process_index for device in devices})
+    hosts = len({device.process_index for device in devices})
     model = model_config(config)
     sizes = plain(config.mesh)
-    program = compile_step(config, make_mesh(**sizes, devices=devices), processes=processes)
+    program = compile_step(config, make_mesh(**sizes, devices=devices))
     sent = collectives(program.hlo, sizes)
-    minimum = least(config, model, processes)
-    todo = work(config, model, processes, topology.devices, sum(one.wire_bytes for one in sent))
-    return Plan(config, model, topology, processes, program, sent, minimum, estimate(todo, topology))
+    minimum = least(config, model)
+    todo = work(config, model, topology.devices, sum(one.wire_bytes for one in sent))
+    return Plan(config, model, topology, hosts, program, sent, minimum, estimate(todo, topology))
 
 
 def _time(seconds: float) -> str:
@@ -161,11 +161,10 @@ def report(plan: Plan, dataset_tokens: float | None = None) -> str:
     """The plan as text."""
     data, mesh = plan.config.data, plan.config.mesh
     sizes = " ".join(f"{axis}={n}" for axis, n in plain(mesh).items() if n > 1)
-    rows = data.batch_rows * plan.processes
     lines = [
-        f"{plan.topology.name}: {plan.topology.devices} devices, {plan.processes} hosts; mesh {sizes}",
-        f"{data.accumulation} x {rows} rows of {data.sequence_length} tokens, {data.vision_rows} vision rows of "
-        f"{data.row_patches} patches in each of {data.vision_groups * plan.processes} groups; remat {plan.config.backend.remat}, "
+        f"{plan.topology.name}: {plan.topology.devices} devices, {plan.hosts} hosts; mesh {sizes}",
+        f"{data.accumulation} x {data.batch_rows} rows of {data.sequence_length} tokens, {data.vision_rows} vision rows of "
+        f"{data.row_patches} patches in each of {data.num_groups(mesh.batch_shards)} groups; remat {plan.config.backend.remat}, "
         f"dispatch {plan.config.backend.dispatch}",
         f"compiled in {plan.program.seconds:.0f} s with {plan.program.host_gib:.2f} GiB of this machine's memory",
         *memory_lines(plan),
@@ -210,7 +209,7 @@ class Candidate:
         return f"{sizes} remat={backend.remat} dispatch={backend.dispatch} batch_rows={data.batch_rows}"
 
 
-def candidates(config: TrainConfig, topology: Topology, processes: int) -> list[Candidate]:
+def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
     """Meshes (fsdp x expert, the other axes as configured), remat and batch choices, quickest per token first by the formula
     with the least wire bytes and slow ICI."""
     model = model_config(config)
@@ -227,10 +226,10 @@ def candidates(config: TrainConfig, topology: Topology, processes: int) -> list[
                     backend=dataclasses.replace(config.backend, remat=remat),
                     data=dataclasses.replace(config.data, batch_rows=config.data.batch_rows * times),
                 )
-                wire = sum(term.bytes for term in least(tried, model, processes))
-                e = estimate(work(tried, model, processes, topology.devices, wire), topology)
+                wire = sum(term.bytes for term in least(tried, model))
+                e = estimate(work(tried, model, topology.devices, wire), topology)
                 seconds = max(e.compute, e.hbm, e.ici_slow)
-                found.append(Candidate(tried, seconds / full_counts(tried, processes).tokens))
+                found.append(Candidate(tried, seconds / full_counts(tried).tokens))
     return sorted(found, key=lambda candidate: candidate.per_token)
 
 
@@ -241,8 +240,7 @@ def sweep(config: TrainConfig, topology: Topology, *, programs: int, say: Any = 
       the first that fits, or None.
     """
     check(config, topology)
-    processes = len({device.process_index for device in open_devices(topology)})
-    ranked = candidates(config, topology, processes)
+    ranked = candidates(config, topology)
     say(f"{len(ranked)} choices, quickest first by the formula; compiling until one fits, at most {programs}")
     for candidate in ranked[:programs]:
         made = make_plan(candidate.config, topology)

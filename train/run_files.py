@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -18,7 +19,8 @@ from qvlmoe_jax.checkpoint import TrainedWeights, is_training_checkpoint, load_p
 from qvlmoe_jax.errors import CheckpointError, ConfigError
 from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.whole_directory import REPLACED, whole_directory
-from train.config import TrainConfig, dump_config
+from train import processes
+from train.config import DistributedConfig, TrainConfig, dump_config
 from train.config_tree import changes, plain
 from train.errors import TrainingError
 
@@ -84,7 +86,8 @@ def start_run(config: TrainConfig) -> list[str]:
     file = run / CONFIG_FILE
     changed = []
     if file.exists():
-        changed = changes(yaml.safe_load(file.read_text(encoding="utf-8")), plain(config))
+        old, new = yaml.safe_load(file.read_text(encoding="utf-8")), plain(_of_any_processes(config))
+        changed = changes({**old, "distributed": new["distributed"]}, new)
     elif any(path.name != CONFIG_FILE + PARTIAL for path in run.iterdir()):
         raise ConfigError(f"run = {run} is not empty and no training run (no {CONFIG_FILE}), expected a new directory")
     else:
@@ -106,16 +109,27 @@ def save_config(config: TrainConfig) -> None:
     """Writes the resolved config into the run, whole or not at all. A resumed run's changed config is saved once it fits."""
     file = Path(config.run) / CONFIG_FILE
     partial = file.with_name(CONFIG_FILE + PARTIAL)
-    partial.write_text(dump_config(config), encoding="utf-8")
+    partial.write_text(dump_config(_of_any_processes(config)), encoding="utf-8")
     os.replace(partial, file)
+
+
+def _of_any_processes(config: TrainConfig) -> TrainConfig:
+    """Without where this process is to find the others, which is another place at each start."""
+    return dataclasses.replace(config, distributed=DistributedConfig())
 
 
 def export(
     destination: Path, run: Path, model: Qwen3VLMoeForConditionalGeneration, params: Mapping[str, Any], dtype: str | None = None
 ) -> None:
-    """Writes parameters in the hub's layout with the run's side files; the directory is replaced whole or not at all."""
+    """Writes parameters in the hub's layout with the run's side files; the directory is replaced whole or not at all.
+
+    A collective; process 0 writes.
+    """
     flat = flatten(params)
     cast = nest({path: leaf if dtype is None else jnp.asarray(leaf, dtype) for path, leaf in flat.items()})
+    if not processes.is_first():
+        model.with_params(cast).save_pretrained(destination)
+        return
     with whole_directory(destination, suffix=EXPORTING, overwrite=destination.exists()) as staging:
         model.with_params(cast).save_pretrained(staging)
         for path in (run / HF_DIR).iterdir():

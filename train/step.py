@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.model import load_balancing_loss
@@ -145,5 +145,6 @@ def make_train_step(
         }
         return new_state, metrics
 
-    shardings = None if mesh is None or state is None else (state_shardings(state, mesh), None)
+    # The metrics whole on every device, so that every process can read them.
+    shardings = None if mesh is None or state is None else (state_shardings(state, mesh), NamedSharding(mesh, PartitionSpec()))
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)

@@ -44,12 +44,12 @@ class _Shape:
     shape: tuple[int, ...]
 
 
-def least(config: TrainConfig, model: Qwen3VLMoeConfig, processes: int) -> list[Term]:
+def least(config: TrainConfig, model: Qwen3VLMoeConfig) -> list[Term]:
     """The terms of one step, largest first."""
     sizes: dict[str, int] = plain(config.mesh)
     mesh = MeshSizes(sizes)
     sums: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
-    for (what, axes), amount in [*_weights(config, model, mesh), *_tokens(config, model, mesh, processes)]:
+    for (what, axes), amount in [*_weights(config, model, mesh), *_tokens(config, model, mesh)]:
         axes = tuple(axis for axis in sizes if axis in axes and sizes[axis] > 1)
         if axes and amount:
             sums[what, axes] += amount
@@ -87,14 +87,12 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
     return terms
 
 
-def _tokens(
-    config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any, processes: int
-) -> list[tuple[tuple[str, tuple[str, ...]], float]]:
+def _tokens(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tuple[tuple[str, tuple[str, ...]], float]]:
     """Tokens to the experts and back, keys and values over context, partial sums over tensor."""
     sizes: Mapping[str, int] = mesh.shape
     text, data = model.text_config, config.data
     width = jnp.dtype(config.model.compute_dtype).itemsize
-    rows, columns = data.batch_rows * processes, data.sequence_length
+    rows, columns = data.batch_rows, data.sequence_length
     rows_spec, columns_spec = fit((BATCH, "context"), (rows, columns), mesh)
     local = rows * columns / math.prod(sizes[a] for entry in (rows_spec, columns_spec) for a in axes_of(entry))
     activations = config.data.accumulation * local * text.hidden_size * width

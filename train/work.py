@@ -21,11 +21,11 @@ from train.roofline import Work
 from train.wire import MeshSizes
 
 
-def full_counts(config: TrainConfig, processes: int) -> Counts:
+def full_counts(config: TrainConfig) -> Counts:
     """A step of full rows: each text row one document, each vision row one picture."""
     data = config.data
-    rows = data.accumulation * data.batch_rows * processes
-    pictures = data.accumulation * data.vision_groups * data.vision_rows * processes
+    rows = data.accumulation * data.batch_rows
+    pictures = data.accumulation * data.num_groups(config.mesh.batch_shards) * data.vision_rows
     T, P = data.sequence_length, data.row_patches
     return Counts(
         tokens=rows * T,
@@ -38,9 +38,9 @@ def full_counts(config: TrainConfig, processes: int) -> Counts:
     )
 
 
-def work(config: TrainConfig, model: Qwen3VLMoeConfig, processes: int, devices: int, wire_bytes: float) -> Work:
+def work(config: TrainConfig, model: Qwen3VLMoeConfig, devices: int, wire_bytes: float) -> Work:
     """One device's share of a step, evenly spread (routing balanced)."""
-    counts = full_counts(config, processes)
+    counts = full_counts(config)
     shapes = nest({path: np.broadcast_to(np.int8(0), shape) for path, shape in hf.param_shapes(model).items()})
     needed = step_flops(model, counts, *split_frozen(shapes, config.model.freeze))
     forward = forward_flops(model, counts)
