@@ -51,11 +51,15 @@ def route(logits_SE: jax.Array, k: int, bias_E: jax.Array | None = None) -> tupl
     Returns:
       probabilities `[S,E]` float32, weights `[S,k]` in the logits' dtype, experts `[S,k]` int32.
     """
-    probs = jax.nn.softmax(logits_SE.astype(jnp.float32), axis=-1)
-    _, experts = jax.lax.top_k(probs if bias_E is None else probs + bias_E, k)
-    top = jnp.take_along_axis(probs, experts, axis=-1)
-    # Without a bias the sum is k/E at least; a bias may choose experts whose probabilities are all zero in float32.
-    weights = top / jnp.maximum(jnp.sum(top, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    logits = logits_SE.astype(jnp.float32)
+    probs = jax.nn.softmax(logits, axis=-1)
+    if bias_E is None:
+        top, experts = jax.lax.top_k(probs, k)
+        weights = top / jnp.sum(top, axis=-1, keepdims=True)
+    else:
+        _, experts = jax.lax.top_k(probs + bias_E, k)
+        # The same quotient, in a form that lasts when a bias chooses experts whose probabilities are all zero in float32.
+        weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
     return probs, weights.astype(logits_SE.dtype), experts.astype(jnp.int32)
 
 

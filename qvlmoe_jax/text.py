@@ -236,7 +236,10 @@ class Qwen3VLMoeTextModel(nnx.Module):
         output_hidden_states: bool,
         router_bias: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array | None, RouterStats | None]]:
-        """Runs the run's layers in order; `router_bias [repeats,MoE layers of a period,E]`. Returns x, then hidden states and router sums with the layer as leading dim."""
+        """Runs the run's layers in order. Returns x, then hidden states and router sums with the layer as leading dim.
+
+        `router_bias`: `[repeats,MoE layers of a period,E]`.
+        """
         levels = deepstack.shape[0]
 
         def body(

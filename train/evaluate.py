@@ -42,7 +42,10 @@ def answers(targets_BT: jax.Array, correct_BT: jax.Array) -> tuple[jax.Array, ja
 
 
 def make_evaluate(model: Qwen3VLMoeForConditionalGeneration, *, chunk_tokens: int, compute_dtype: Any) -> Evaluate:
-    """`(params, frozen, router_bias, batch [A,...]) -> sums`: `cross_entropy`, `tokens`, `correct`, `answers`, `right`; one program."""
+    """`(params, frozen, router_bias, batch [A,...]) -> sums`, one program.
+
+    The sums: `cross_entropy`, `tokens`, `correct`, `answers`, `right`.
+    """
 
     @jax.jit
     def evaluate(params: Any, frozen: Any, router_bias: jax.Array | None, batch: Batch) -> dict[str, jax.Array]:

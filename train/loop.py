@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, make_mesh
-from qvlmoe_jax.checkpoint import load_params, open_weights
+from qvlmoe_jax.checkpoint import left_out_router_bias, load_params, open_weights
 from train.checkpoints import Checkpoints, decode_iterator, encode_iterator
 from train.config import TrainConfig
 from train.config_tree import plain
@@ -33,6 +33,7 @@ from train.feed import Counts, DataIterator, Fed, Feed, Interrupted, OpenedData,
 from train.flops import peak_tflops, step_flops
 from train.metrics import Metrics, memory_gib, router_load
 from train.optim import make_optimizer, schedule
+from train.router import bias_shape
 from train.run_files import EXPORT_DIR, HF_DIR, export, only_writer, save_config, side_directory, start_run
 from train.state import TrainState, all_params, init_state
 from train.step import make_train_step
@@ -93,10 +94,10 @@ class Interval:
         last = steps[-1]
         means = {
             key: None if last[key] is None else float(np.average([float(step[key]) for step in steps], weights=tokens))
-            for key in ("loss", "aux_loss", "z_loss", "accuracy")
+            for key in ("loss", "aux_loss", "z_loss", "router_z_loss", "accuracy")
         }
         routers = [step["router"] for step in steps if step["router"] is not None]
-        load = router_load(sum(r.tokens_per_expert for r in routers)) if routers else None
+        load = router_load(jax.tree.map(lambda *sums: np.sum(sums, axis=0), *routers), last["router_bias"]) if routers else None
         achieved = self.flops * everyone / seconds
         return {
             **means,
@@ -192,6 +193,7 @@ def train(
             freeze=config.model.freeze,
             param_dtype=jnp.dtype(config.model.param_dtype),
             compute_dtype=compute_dtype,
+            router_bias=bias_shape(config.router, model.config),
             seed=config.seed,
             mesh=mesh,
         )
@@ -217,6 +219,7 @@ def train(
             schedule(config.schedule, config.optimizer.learning_rate, config.steps),
             loss=config.loss,
             optimizer=config.optimizer,
+            router=config.router,
             compute_dtype=compute_dtype,
             state=state,
             mesh=mesh,
@@ -275,6 +278,8 @@ def train(
                 return state
         checkpoints.wait()
         if config.checkpoint.export and jax.process_index() == 0:
+            if state.router_bias is not None:
+                log.warning("%s", left_out_router_bias(Path(config.run) / EXPORT_DIR, jax.device_get(state.router_bias)))
             export(Path(config.run) / EXPORT_DIR, Path(config.run), model, all_params(state), config.checkpoint.export_dtype)
         return state
 
