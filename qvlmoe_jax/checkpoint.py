@@ -8,6 +8,7 @@ in place, slice by slice, through one surface: `shapes`, `dtypes`, `read(path, i
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,6 +33,8 @@ from qvlmoe_jax.whole_directory import whole_directory
 
 if TYPE_CHECKING:
     import jax
+
+log = logging.getLogger("qvlmoe_jax")
 
 CONVERSION_FILE = "conversion.json"
 CHECKPOINT_DIR = "checkpoint"
@@ -114,6 +117,17 @@ class TrainedWeights(ParamStore):
         check_tree(step, _largest_file(config))
         super().__init__(directory, config, OrbaxArrays(step / ARRAYS_DIR, prefix=("params",)))
         self.side_directory, self.step = side, int(step.name)
+        router = OrbaxArrays(step / ARRAYS_DIR, prefix=("router",))
+        if "bias" in router.names:
+            log.warning("%s", left_out_router_bias(step, router.read("bias")))
+
+
+def left_out_router_bias(where: Path, bias_LE: np.ndarray) -> str:
+    """The line that says what becomes of a run's router bias where only parameters are taken or written."""
+    return (
+        f"{where}: the router bias of the run (up to {np.abs(bias_LE).max():.2g} per expert) is left out, because Hugging Face's "
+        "architecture has none; some tokens will choose other experts than in training, so check the quality before use"
+    )
 
 
 def newest_step(run: Path) -> Path:

@@ -45,10 +45,15 @@ class ModelOutput:
     hidden_states: jax.Array | None = None
 
 
-def load_balancing_loss(stats: RouterStats) -> jax.Array:
-    """`E * sum_e f_e p_e`, with f and p pooled over all MoE layers and valid tokens (MOE 1338-1408). Perfect balance gives k."""
-    rows = jnp.maximum(jnp.sum(stats.num_tokens), 1)
-    fraction = jnp.sum(stats.tokens_per_expert, axis=0) / rows
+def load_balancing_loss(stats: RouterStats, whole: RouterStats | None = None) -> jax.Array:
+    """`E * sum_e f_e p_e`, with f and p pooled over all MoE layers and valid tokens (MOE 1338-1408). Perfect balance gives k.
+
+    Args:
+      whole: the sums of all shards where `stats` are one shard's. The loss is linear in p, so the shards' values add up to it.
+    """
+    whole = stats if whole is None else whole
+    rows = jnp.maximum(jnp.sum(whole.num_tokens), 1)
+    fraction = jnp.sum(whole.tokens_per_expert, axis=0) / rows
     probability = jnp.sum(stats.prob_sum, axis=0) / rows
     return fraction.shape[0] * jnp.sum(fraction * probability)
 
@@ -126,10 +131,17 @@ class Qwen3VLMoeModel(nnx.Module):
                 return x, None
             return x, jax.vmap(gather_visual, in_axes=(0, None))(features, visual_index)
 
-    def __call__(self, batch: Batch, *, inputs_embeds: jax.Array | None = None, output_hidden_states: bool = False) -> TextOutput:
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        router_bias: jax.Array | None = None,
+    ) -> TextOutput:
         """Embeds, puts visual tokens at their columns, runs the decoder with DeepStack.
 
-        `inputs_embeds [B,T,D]` replaces the lookup; visual tokens are still put in.
+        `inputs_embeds [B,T,D]` replaces the lookup; visual tokens are still put in. `router_bias`: see `Qwen3VLMoeTextModel`.
         """
         batch = jax.tree.map(jnp.asarray, batch)
         x, deepstack = self.embed(batch.input_ids, batch.visual_index, self.visual_features(batch), inputs_embeds)
@@ -139,6 +151,7 @@ class Qwen3VLMoeModel(nnx.Module):
             segment_ids=batch.segment_ids,
             deepstack=deepstack,
             output_hidden_states=output_hidden_states,
+            router_bias=router_bias,
         )
 
 

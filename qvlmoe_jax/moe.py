@@ -33,23 +33,33 @@ class RouterStats:
     Attributes:
       tokens_per_expert: `[E]` how many (token, choice) pairs went to each expert; sums to k * num_tokens.
       prob_sum: `[E]` sum of the router's full softmax.
+      log_z_squared: sum of logsumexp(router logits)^2.
       num_tokens: valid tokens seen.
     """
 
     tokens_per_expert: jax.Array
     prob_sum: jax.Array
+    log_z_squared: jax.Array
     num_tokens: jax.Array
 
 
-def route(logits_SE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(logits_SE: jax.Array, k: int, bias_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Top-k of the softmax, always renormalised (MOE 126-143; `norm_topk_prob` is ignored there too).
 
+    Args:
+      bias_E: added to the probabilities for the choice alone, never to the weights (arXiv 2408.15664, equation 3).
     Returns:
       probabilities `[S,E]` float32, weights `[S,k]` in the logits' dtype, experts `[S,k]` int32.
     """
-    probs = jax.nn.softmax(logits_SE.astype(jnp.float32), axis=-1)
-    top, experts = jax.lax.top_k(probs, k)
-    weights = top / jnp.sum(top, axis=-1, keepdims=True)
+    logits = logits_SE.astype(jnp.float32)
+    probs = jax.nn.softmax(logits, axis=-1)
+    if bias_E is None:
+        top, experts = jax.lax.top_k(probs, k)
+        weights = top / jnp.sum(top, axis=-1, keepdims=True)
+    else:
+        _, experts = jax.lax.top_k(probs + bias_E, k)
+        # The same quotient, in a form that lasts when a bias chooses experts whose probabilities are all zero in float32.
+        weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
     return probs, weights.astype(logits_SE.dtype), experts.astype(jnp.int32)
 
 
@@ -96,7 +106,7 @@ class Qwen3VLMoeTextExperts(nnx.Module):
 
 
 class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
-    """Router and experts of one layer: `(x [B,T,D], valid [B,T]) -> (y [B,T,D], RouterStats)`.
+    """Router and experts of one layer: `(x [B,T,D], valid [B,T]) -> (y [B,T,D], RouterStats)`. `bias [E]`: see `route`.
 
     With `stacked_layer` (int32 scalar) the experts' weights are still those of all layers, `[L,E,...]`, and this is the one
     to use: a decoding step reads the few experts it chose, where slicing its layer out would copy them all.
@@ -114,12 +124,16 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         self.experts = Qwen3VLMoeTextExperts(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, stacked_layer: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        valid_BT: jax.Array,
+        stacked_layer: jax.Array | None = None,
+        bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         gate, gate_up, down = self.gate.weight[...], self.experts.gate_up_proj[...], self.experts.down_proj[...]
         mesh = active_mesh()
         if mesh is None:
-            return self._device(x_BTD, valid_BT, gate, gate_up, down, stacked_layer, layout=_Layout())
+            return self._device(x_BTD, valid_BT, gate, gate_up, down, stacked_layer, bias_E, layout=_Layout())
         tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
         # The weights are taken as the table left them, so entering the region moves nothing.
         gate_spec = partition_spec("layers/mlp/gate/weight", gate.shape, mesh)
@@ -128,22 +142,26 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         layout = _Layout.of(tokens, gate_spec, gate_up_spec, down_spec)
         return jax.shard_map(
             functools.partial(self._device, layout=layout),
-            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, P()),
+            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, P(), P()),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
-        )(x_BTD, valid_BT, gate, gate_up, down, stacked_layer)
+        )(x_BTD, valid_BT, gate, gate_up, down, stacked_layer, bias_E)
 
-    def _choose(self, x_SD: jax.Array, valid_S: jax.Array, gate_DE: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
+    def _choose(
+        self, x_SD: jax.Array, valid_S: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Weights `[S,k]`, experts `[S,k]` (padding: nobody) and the sums over these tokens."""
         router_dtype = jnp.float32 if self.backend.router_dtype == "float32" else x_SD.dtype
         logits = einsum("SD,DE->SE", x_SD.astype(router_dtype), gate_DE.astype(router_dtype))
-        probs, weights, experts = route(logits, self.k)
+        probs, weights, experts = route(logits, self.k, bias_E)
         if self.backend.fake_balanced_gate:
             weights, experts = balanced_choice(x_SD.shape[0], self.num_experts, self.k, weights.dtype)
         experts = jnp.where(valid_S[:, None], experts, self.num_experts)
+        log_z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
         stats = RouterStats(
             tokens_per_expert=count_choices(experts, self.num_experts).astype(jnp.float32),
             prob_sum=jnp.sum(jnp.where(valid_S[:, None], probs, 0), axis=0),
+            log_z_squared=jnp.sum(jnp.where(valid_S, jnp.square(log_z), 0)),
             num_tokens=jnp.sum(valid_S, dtype=jnp.float32),
         )
         return weights, experts, stats
@@ -156,13 +174,14 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         gate_up: jax.Array,
         down: jax.Array,
         stacked_layer: jax.Array | None,
+        bias_E: jax.Array | None,
         *,
         layout: _Layout,
     ) -> tuple[jax.Array, RouterStats]:
         """What one device does with its tokens and its experts; with an empty layout, the whole block."""
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
         with jax.named_scope("router"):
-            weights, experts, stats = self._choose(x, valid_BT.reshape(-1), gather(gate, layout.gate))
+            weights, experts, stats = self._choose(x, valid_BT.reshape(-1), gather(gate, layout.gate), bias_E)
             if layout.token_axes:
                 stats = jax.lax.psum(stats, layout.token_axes)
         with jax.named_scope("weights"):

@@ -61,9 +61,11 @@ def make_mesh(
 def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> P:
     """`spec` over the trailing dims of `shape`, without the axes that are absent, of size 1, or do not divide their dim.
 
-    Dropping is what the design asks for: kv heads that `tensor` does not divide are replicated over it.
+    Dropping is what the design asks for: kv heads that `tensor` does not divide are replicated over it. Inside a `shard_map`
+    over some axes (`train/accumulate.py`) the shapes are already one shard's, and those axes are absent too.
     """
-    sizes = dict(mesh.shape)
+    manual = getattr(mesh, "manual_axes", ())
+    sizes = {axis: n for axis, n in mesh.shape.items() if axis not in manual}
     dims: list[Any] = [None] * (len(shape) - len(spec))
     for size, entry in zip(shape[len(dims) :], spec, strict=True):
         kept, parts = [], 1
@@ -114,16 +116,17 @@ _BATCH_SPECS = {  # Batch field -> spec over its trailing dims; an accumulation 
 }
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a Batch's leaves: text rows and vision groups over (data, fsdp, expert), text columns over context.
+def batch_specs(batch: Any, mesh: Any) -> Any:
+    """PartitionSpecs of a Batch's leaves: text rows and vision groups over (data, fsdp, expert), text columns over context.
 
     Each leaf (array or ShapeDtypeStruct) may have an accumulation axis in front, which is not sharded.
     """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fit(_BATCH_SPECS[path[-1].name], np.shape(leaf), mesh), batch)
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, fit(_BATCH_SPECS[path[-1].name], np.shape(leaf), mesh))
 
-    return jax.tree_util.tree_map_with_path(place, batch)
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """`batch_specs` as NamedShardings."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch, mesh))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -91,18 +91,26 @@ class Qwen3VLMoeTextDecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array,
+        router_bias: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotary, segment_ids)
-        return self.feed_forward(x, segment_ids > 0)
+        return self.feed_forward(x, segment_ids > 0, router_bias=router_bias)
 
     def feed_forward(
-        self, x: jax.Array, valid: jax.Array, stacked_layer: jax.Array | None = None
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        stacked_layer: jax.Array | None = None,
+        router_bias: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
-        """The layer's second half. `stacked_layer`: see `Qwen3VLMoeTextSparseMoeBlock`."""
+        """The layer's second half. `stacked_layer` and `router_bias [E]`: see `Qwen3VLMoeTextSparseMoeBlock`."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, Qwen3VLMoeTextSparseMoeBlock):
-            y, stats = self.mlp(normed, valid, stacked_layer)
+            y, stats = self.mlp(normed, valid, stacked_layer, router_bias)
         else:
             y, stats = self.mlp(normed), None
         return constrain(x + y, BATCH, "context", None), stats
@@ -167,12 +175,14 @@ class Qwen3VLMoeTextModel(nnx.Module):
         segment_ids: jax.Array | None = None,
         deepstack: jax.Array | None = None,
         output_hidden_states: bool = False,
+        router_bias: jax.Array | None = None,
     ) -> TextOutput:
         """
         Args:
           input_ids `[B,T]` or inputs_embeds `[B,T,D]`: exactly one of them.
           position_ids: any rank `broadcast_positions` takes. segment_ids: `[B,T]`, 0 = padding; None = one document.
           deepstack: `[K,B,T,D]`, zero at text columns; level k is added after layer k.
+          router_bias: `[L_moe,E]`, added to each MoE layer's probabilities when it chooses experts (`moe.route`).
         Raises:
           ValueError: both or neither of input_ids and inputs_embeds.
         """
@@ -186,9 +196,14 @@ class Qwen3VLMoeTextModel(nnx.Module):
         rotary = self.rotary(broadcast_positions(position_ids, B, T), x.dtype)
         if deepstack is None:
             deepstack = jnp.zeros((0, *x.shape), x.dtype)
-        before, collected = x[None], []
+        before, collected, done = x[None], [], 0
         for run in plan_layers(self.config.layer_kinds()):
-            x, outputs = self._scan(run, x, rotary, segment_ids, deepstack, output_hidden_states)
+            width = sum(slot.kind == "moe" for slot in run.slots)
+            bias = None
+            if router_bias is not None:
+                bias = router_bias[done : done + run.repeats * width].reshape(run.repeats, width, -1)
+            x, outputs = self._scan(run, x, rotary, segment_ids, deepstack, output_hidden_states, bias)
+            done += run.repeats * width
             collected.append(outputs)
         x = self.norm(x)
         layer_outputs, stats = zip(*collected, strict=True)
@@ -219,15 +234,22 @@ class Qwen3VLMoeTextModel(nnx.Module):
         segment_ids: jax.Array,
         deepstack: jax.Array,
         output_hidden_states: bool,
+        router_bias: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array | None, RouterStats | None]]:
-        """Runs the run's layers in order. Returns x, then hidden states and router sums with the layer as leading dim."""
+        """Runs the run's layers in order. Returns x, then hidden states and router sums with the layer as leading dim.
+
+        `router_bias`: `[repeats,MoE layers of a period,E]`.
+        """
         levels = deepstack.shape[0]
 
-        def body(x: jax.Array, step: tuple[jax.Array, list[Qwen3VLMoeTextDecoderLayer]]) -> tuple[jax.Array, Any]:
-            index, layers = step
+        def body(
+            x: jax.Array, step: tuple[jax.Array, list[Qwen3VLMoeTextDecoderLayer], jax.Array | None]
+        ) -> tuple[jax.Array, Any]:
+            index, layers, biases = step
+            rows = iter(() if biases is None else biases)
             hidden, stats = [], []
             for slot, layer in zip(run.slots, layers, strict=True):
-                x, layer_stats = layer(x, rotary, segment_ids)
+                x, layer_stats = layer(x, rotary, segment_ids, next(rows, None) if slot.kind == "moe" else None)
                 hidden.append(x)
                 stats.append(layer_stats)
                 if slot.first < levels:
@@ -237,7 +259,7 @@ class Qwen3VLMoeTextModel(nnx.Module):
             return x, (jnp.stack(hidden) if output_hidden_states else None, _concatenate(stats))
 
         layers = [self.slot_layers(slot) for slot in run.slots]
-        x, outputs = jax.lax.scan(rematerialised(body, self.backend), x, (jnp.arange(run.repeats), layers))
+        x, outputs = jax.lax.scan(rematerialised(body, self.backend), x, (jnp.arange(run.repeats), layers, router_bias))
         # [repeats, period, ...] -> [layers, ...]
         return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
 

@@ -149,7 +149,7 @@ def test_balanced_choice_is_balanced() -> None:
 
 
 def test_aux_loss_of_perfect_balance_is_k() -> None:
-    stats = RouterStats(jnp.full((4, 8), 30.0), jnp.full((4, 8), 10.0), jnp.full((4,), 80.0))
+    stats = RouterStats(jnp.full((4, 8), 30.0), jnp.full((4, 8), 10.0), jnp.zeros(4), jnp.full((4,), 80.0))
     assert float(load_balancing_loss(stats)) == pytest.approx(3.0)
 
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import mesh as mesh_growth
 from qvlmoe_jax import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
-from tests import cases, ours, tiny
+from tests import cases, ours, tiny, training
 
 PATTERNS = {
     "uniform": {"mlp_only_layers": []},
@@ -58,3 +59,23 @@ def test_48_layers_compile_like_6(pattern: str) -> None:
     print(f"{pattern}: {short:.2f} s at 6 layers, {deep:.2f} s at 48, ratio {ratio:.2f}; HLO lines {sizes}")
     assert ratio < 1.3
     assert sizes[48] <= 1.01 * sizes[6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["allgather", "all_to_all"])
+def test_the_step_does_not_grow_with_the_square_of_the_devices(dispatch: str) -> None:
+    """From 2 devices to 8 on the expert axis. Linear would be 1: the CPU's stand-in for all-to-all has a part for each sender."""
+    two, eight = (mesh_growth.measure({"expert": n}, dispatch=dispatch, options=training.QUICK) for n in (2, 8))
+    assert mesh_growth.exponent(two.lines, eight.lines, 4) < 0.5
+    print(f"{dispatch}: compile {two.compile_seconds:.1f} s on 2 devices, {eight.compile_seconds:.1f} s on 8")
+    assert mesh_growth.exponent(two.compile_seconds, eight.compile_seconds, 4) < 1.5
+
+
+@pytest.mark.slow
+def test_the_step_does_not_grow_with_experts() -> None:
+    """From 8 to 128: the same program on larger arrays, whose step time grows at most as the experts' weights do."""
+    few, many = (mesh_growth.measure({}, experts=n, options=training.QUICK, steps=3) for n in (8, 128))
+    assert many.lines < 1.02 * few.lines
+    print(f"8 experts: {few}; 128: {many}")
+    assert mesh_growth.exponent(few.compile_seconds, many.compile_seconds, 16) < 0.5
+    assert mesh_growth.exponent(few.step_seconds, many.step_seconds, 16) < 1.25

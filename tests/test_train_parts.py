@@ -15,6 +15,7 @@ import pytest
 
 from qvlmoe_jax import Qwen3VLMoeConfig
 from qvlmoe_jax.hf import param_shapes
+from qvlmoe_jax.moe import RouterStats
 from qvlmoe_jax.param_tree import nest
 from tests import cases, hub_configs, tiny, training
 from train.checkpoints import fingerprint
@@ -79,8 +80,13 @@ def test_peaks_by_the_longest_name() -> None:
 
 
 def test_router_load() -> None:
-    load = router_load(np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]], np.float32))
-    assert load == {"max_over_mean": [1.0, 4.0, 2.0], "entropy": [1.0, 0.0, 0.5], "dead": [0, 3, 2]}
+    tokens = np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]], np.float32)
+    log_z = np.array([10, 20, 5], np.float32)
+    stats: Any = RouterStats(tokens, np.zeros((3, 4)), log_z, np.full(3, 10.0))  # pyright: ignore[reportArgumentType]
+    load = {"max_over_mean": [1.0, 4.0, 2.0], "entropy": [1.0, 0.0, 0.5], "dead": [0, 3, 2], "z_loss": [1.0, 2.0, 0.5]}
+    assert router_load(stats) == load
+    bias = np.array([[0.1, -0.2, 0, 0], [0, 0, 0, 0], [0.5, 0, 0, 0]])
+    assert router_load(stats, bias) == {**load, "bias": [0.2, 0.0, 0.5]}
 
 
 def test_metrics_lines_survive_kills_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

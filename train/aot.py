@@ -18,6 +18,7 @@ from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGenerati
 from qvlmoe_jax.sharding import batch_shardings
 from train.config import TrainConfig
 from train.optim import make_optimizer, schedule
+from train.router import bias_shape
 from train.run_files import side_directory
 from train.state import TrainState, init_state, state_shardings
 from train.step import make_train_step
@@ -80,6 +81,7 @@ def abstract_state(config: TrainConfig, model: Qwen3VLMoeForConditionalGeneratio
             freeze=config.model.freeze,
             param_dtype=jnp.dtype(config.model.param_dtype),
             compute_dtype=jnp.dtype(config.model.compute_dtype),
+            router_bias=bias_shape(config.router, model.config),
         )
 
     state = jax.eval_shape(make, model.params())
@@ -110,6 +112,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu") -> P
             schedule(config.schedule, config.optimizer.learning_rate, config.steps),
             loss=config.loss,
             optimizer=config.optimizer,
+            router=config.router,
             compute_dtype=jnp.dtype(config.model.compute_dtype),
             state=state,
             mesh=mesh,

@@ -44,6 +44,7 @@ def to_tree(state: TrainState) -> dict[str, Any]:
     return {
         "params": join(state.params, state.frozen),
         "optimizer": _optimizer_tree(state.opt_state)[0],
+        **({} if state.router_bias is None else {"router": {"bias": state.router_bias}}),
         "counters": {name: getattr(state, name) for name in ("step", "bad_steps", "bad_in_a_row")},
         "rng": state.rng,
     }
@@ -58,6 +59,7 @@ def from_tree(tree: Mapping[str, Any], like: TrainState) -> TrainState:
         params=nest({path: params[path] for path in flatten(like.params)}),
         frozen=nest({path: params[path] for path in flatten(like.frozen)}),
         opt_state=jax.tree_util.tree_unflatten(treedef, [optimizer[name] for name in names]),
+        router_bias=None if like.router_bias is None else tree["router"]["bias"],
         rng=tree["rng"],
         **tree["counters"],
     )

@@ -51,20 +51,38 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised: cross entropy + z_loss * mean(logsumexp^2) + aux_loss * load balancing.
+    """What is minimised: cross entropy + z_loss * mean(logsumexp^2) + aux_loss * load balancing + router_z_loss * the router's.
 
     Attributes:
       chunk_tokens: logits of at most about this many tokens per batch shard exist at a time.
+      z_loss: over the vocabulary's logits, mean over target tokens.
       aux_loss: weight of HF's load-balancing loss, taken per microbatch; 0 = off. HF's own weight is 0.001.
+      router_z_loss: over the router's logits, mean over valid tokens and MoE layers (arXiv 2202.08906, where it is 0.001).
     """
 
     chunk_tokens: int = 1024
     z_loss: float = 0.0
     aux_loss: float = 0.0
+    router_z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(chunk_tokens=self.chunk_tokens)
-        _at_least_zero(z_loss=self.z_loss, aux_loss=self.aux_loss)
+        _at_least_zero(z_loss=self.z_loss, aux_loss=self.aux_loss, router_z_loss=self.router_z_loss)
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Load balance without a loss: a bias per expert, added to the router's probabilities for the choice of experts alone.
+
+    Attributes:
+      bias_update_rate: after each step an expert with less than the mean load gains this much, one with more loses it
+        (arXiv 2408.15664, where it is 0.001); 0 = no bias. Hugging Face's architecture has no such bias: see docs/training.md.
+    """
+
+    bias_update_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least_zero(bias_update_rate=self.bias_update_rate)
 
 
 @dataclass(frozen=True)
@@ -236,6 +254,7 @@ class TrainConfig:
     profile: str | None = None
     validation: ValidationConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)

@@ -20,7 +20,7 @@ from train.optim import join
 from train.state import TrainState
 from train.step import forward_losses
 
-Evaluate = Callable[[Any, Any, Batch], dict[str, jax.Array]]
+Evaluate = Callable[[Any, Any, Any, Batch], dict[str, jax.Array]]
 
 
 def answers(targets_BT: jax.Array, correct_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,14 +45,17 @@ def answers(targets_BT: jax.Array, correct_BT: jax.Array) -> tuple[jax.Array, ja
 def make_evaluate(
     model: Qwen3VLMoeForConditionalGeneration, *, chunk_tokens: int, compute_dtype: Any, mesh: Mesh | None = None
 ) -> Evaluate:
-    """`(params, frozen, batch [A,...]) -> sums`: `cross_entropy`, `tokens`, `correct`, `answers`, `right`; one program."""
+    """`(params, frozen, router_bias, batch [A,...]) -> sums`, one program.
 
-    def evaluate(params: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
+    The sums: `cross_entropy`, `tokens`, `correct`, `answers`, `right`.
+    """
+
+    def evaluate(params: Any, frozen: Any, router_bias: jax.Array | None, batch: Batch) -> dict[str, jax.Array]:
         params = jax.tree.map(lambda p: p.astype(compute_dtype), params)
         ready = model.with_params(join(params, frozen))
 
         def micro(microbatch: Batch) -> dict[str, jax.Array]:
-            losses, targets, _ = forward_losses(ready, microbatch, chunk_tokens=chunk_tokens)
+            losses, targets, _ = forward_losses(ready, microbatch, chunk_tokens=chunk_tokens, router_bias=router_bias)
             count, right = answers(targets, losses.correct)
             return {
                 "cross_entropy": jnp.sum(losses.cross_entropy),
@@ -77,7 +80,7 @@ def validate(evaluate: Evaluate, state: TrainState, batches: Iterable[Batch]) ->
     total: dict[str, Any] | None = None
     for batch in batches:
         jax.block_until_ready(total)  # else batches pile up on the device, as fast as the host can make them
-        sums = evaluate(state.params, state.frozen, batch)
+        sums = evaluate(state.params, state.frozen, state.router_bias, batch)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     sums = {} if total is None else {key: float(value) for key, value in jax.device_get(total).items()}
     if not sums.get("tokens"):

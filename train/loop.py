@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, make_mesh
-from qvlmoe_jax.checkpoint import load_params, open_weights
+from qvlmoe_jax.checkpoint import left_out_router_bias, load_params, open_weights
 from qvlmoe_jax.errors import ConfigError
 from train import processes
 from train.checkpoints import Checkpoints
@@ -35,6 +35,7 @@ from train.feed import Counts, Data, DataIterator, Fed, Feed, Interrupted, Share
 from train.flops import peak_tflops, step_flops
 from train.metrics import Metrics, memory_gib, router_load
 from train.optim import make_optimizer, schedule
+from train.router import bias_shape
 from train.run_files import EXPORT_DIR, HF_DIR, export, only_writer, save_config, side_directory, start_run
 from train.state import TrainState, all_params, init_state
 from train.step import make_train_step
@@ -100,10 +101,10 @@ class Interval:
         last = steps[-1]
         means = {
             key: None if last[key] is None else float(np.average([float(step[key]) for step in steps], weights=tokens))
-            for key in ("loss", "aux_loss", "z_loss", "accuracy")
+            for key in ("loss", "aux_loss", "z_loss", "router_z_loss", "accuracy")
         }
         routers = [step["router"] for step in steps if step["router"] is not None]
-        load = router_load(sum(r.tokens_per_expert for r in routers)) if routers else None
+        load = router_load(jax.tree.map(lambda *sums: np.sum(sums, axis=0), *routers), last["router_bias"]) if routers else None
         achieved = flops(counts) / seconds
         return {
             **means,
@@ -208,6 +209,7 @@ def train(
             freeze=config.model.freeze,
             param_dtype=jnp.dtype(config.model.param_dtype),
             compute_dtype=compute_dtype,
+            router_bias=bias_shape(config.router, model.config),
             seed=config.seed,
             mesh=mesh,
         )
@@ -239,6 +241,7 @@ def train(
             schedule(config.schedule, config.optimizer.learning_rate, config.steps),
             loss=config.loss,
             optimizer=config.optimizer,
+            router=config.router,
             compute_dtype=compute_dtype,
             state=state,
             mesh=mesh,
@@ -302,6 +305,8 @@ def train(
                     checkpoints.save(done, state, {"data": _streams(fed)}, scores)
         checkpoints.wait()
         if config.checkpoint.export:
+            if state.router_bias is not None and processes.is_first():
+                log.warning("%s", left_out_router_bias(Path(config.run) / EXPORT_DIR, jax.device_get(state.router_bias)))
             export(Path(config.run) / EXPORT_DIR, Path(config.run), model, all_params(state), config.checkpoint.export_dtype)
         return state
 

@@ -10,12 +10,15 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from train.config import MetricsConfig
 from train.errors import TrainingError
+
+if TYPE_CHECKING:
+    from qvlmoe_jax.moe import RouterStats
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,15 +32,19 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def router_load(tokens_per_expert: Any) -> dict[str, list[float]]:
-    """Per MoE layer, from sums `[L,E]`: busiest expert over the mean, entropy of the load over log E, number of dead experts."""
-    load = np.asarray(tokens_per_expert, np.float64)
+def router_load(stats: RouterStats, bias: Any = None) -> dict[str, list[float]]:
+    """Per MoE layer, from sums `[L,...]` and the bias `[L,E]`: busiest expert over the mean, entropy of the load over log E,
+    number of dead experts, router z-loss, largest bias."""
+    load = np.asarray(stats.tokens_per_expert, np.float64)
+    z_loss = np.asarray(stats.log_z_squared, np.float64) / np.maximum(stats.num_tokens, 1)
     share = load / np.maximum(load.sum(-1, keepdims=True), 1)
     entropy = -np.sum(share * np.log(np.maximum(share, 1e-30)), axis=-1) / max(math.log(load.shape[-1]), 1e-9)
     return {
         "max_over_mean": [round(float(x), 4) for x in share.max(-1) * load.shape[-1]],
         "entropy": [round(float(x), 4) for x in entropy],
         "dead": [int(x) for x in (load == 0).sum(-1)],
+        "z_loss": [round(float(x), 4) for x in z_loss],
+        **({} if bias is None else {"bias": [round(float(x), 6) for x in np.abs(bias).max(-1)]}),
     }
 
 

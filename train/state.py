@@ -25,6 +25,7 @@ class TrainState:
       step: int32, how many batches were consumed (skipped ones too).
       params: the trained parameters, nested dicts, master precision. frozen: the others, in the compute dtype.
       opt_state: the optimizer's, over `params` alone.
+      router_bias: `[L_moe,E]` float32, moved by the experts' loads (`train/router.py`); None = off.
       rng: the run's key, as uint32 data; a step that needs randomness folds its number in.
       bad_steps: int32, non-finite steps skipped so far. bad_in_a_row: those since the last good one.
     """
@@ -33,6 +34,7 @@ class TrainState:
     params: dict[str, Any]
     frozen: dict[str, Any]
     opt_state: Any
+    router_bias: jax.Array | None
     rng: jax.Array
     bad_steps: jax.Array
     bad_in_a_row: jax.Array
@@ -45,10 +47,11 @@ def init_state(
     freeze: tuple[str, ...] = (),
     param_dtype: Any = jnp.float32,
     compute_dtype: Any = jnp.float32,
+    router_bias: tuple[int, int] | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state at step 0 around `params` (taken over: their buffers may be reused)."""
+    """The state at step 0 around `params` (taken over: their buffers may be reused). `router_bias`: its shape; None = off."""
     trained, frozen = split_frozen(params, freeze)
 
     def make(trained: Any, frozen: Any) -> TrainState:
@@ -59,6 +62,7 @@ def init_state(
             params=trained,
             frozen=jax.tree.map(lambda p: p.astype(compute_dtype), frozen),
             opt_state=tx.init(trained),
+            router_bias=None if router_bias is None else jnp.zeros(router_bias, jnp.float32),
             rng=jax.random.key_data(jax.random.key(seed)),
             bad_steps=zero,
             bad_in_a_row=zero,

@@ -14,12 +14,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
-from qvlmoe_jax.model import load_balancing_loss
 from qvlmoe_jax.moe import RouterStats
-from qvlmoe_jax.sharding import tree_shardings
-from train.config import LossConfig, OptimizerConfig
+from train.accumulate import accumulate
+from train.config import LossConfig, OptimizerConfig, RouterConfig
 from train.loss import TokenLosses, count_targets, head_weight, next_tokens, token_losses
 from train.optim import join
+from train.router import moved_bias, router_losses
 from train.state import TrainState, state_shardings
 
 Metrics = dict[str, Any]
@@ -28,10 +28,10 @@ Step = jax.stages.Wrapped
 
 
 def forward_losses(
-    model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, chunk_tokens: int
+    model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, chunk_tokens: int, router_bias: jax.Array | None = None
 ) -> tuple[TokenLosses, jax.Array, RouterStats | None]:
     """Forward pass of one microbatch (no leading A): losses `[B,T]`, their targets `[B,T]`, and the router's sums."""
-    out = model.model(batch)
+    out = model.model(batch, router_bias=router_bias)
     with jax.named_scope("loss"):
         targets = next_tokens(batch.labels, batch.segment_ids)
         losses = token_losses(out.last_hidden_state, head_weight(model), targets, chunk_tokens=chunk_tokens)
@@ -45,6 +45,7 @@ def make_train_step(
     *,
     loss: LossConfig | None = None,
     optimizer: OptimizerConfig | None = None,
+    router: RouterConfig | None = None,
     compute_dtype: Any = jnp.float32,
     state: TrainState | None = None,
     mesh: Mesh | None = None,
@@ -56,55 +57,47 @@ def make_train_step(
       rate: step number -> learning rate.
       state: with a mesh, the state whose layout the results are pinned to.
     Returns:
-      `train_step`. Metrics are device arrays: `loss` (mean cross entropy over all target tokens of the batch), `aux_loss`,
-      `z_loss` (unweighted; None when off), `accuracy`, `grad_norm` (before clipping), `learning_rate`, `tokens`,
-      `bad_steps`, `bad_in_a_row`, `router` (RouterStats summed over A, or None).
+      `train_step`. Metrics are device arrays: `loss` (mean cross entropy over all target tokens of the batch), `aux_loss` and
+      `router_z_loss` (None without experts), `z_loss` (None when off; all three unweighted), `accuracy`, `grad_norm` (before
+      clipping), `learning_rate`, `tokens`, `bad_steps`, `bad_in_a_row`, `router` (RouterStats summed over A, or None),
+      `router_bias` (after the step, or None).
     """
-    loss, optimizer = loss or LossConfig(), optimizer or OptimizerConfig()
+    loss, optimizer, router = loss or LossConfig(), optimizer or OptimizerConfig(), router or RouterConfig()
 
-    def objective(trained: Any, frozen: Any, batch: Batch, share: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
+    def objective(trained: Any, given: dict[str, Any], batch: Batch) -> tuple[jax.Array, Any]:
         """One microbatch's part of the total. CE is divided by the tokens of ALL microbatches; aux is a mean over them."""
-        losses, _, router = forward_losses(model.with_params(join(trained, frozen)), batch, chunk_tokens=loss.chunk_tokens)
+        ready = model.with_params(join(trained, given["frozen"]))
+        losses, _, stats = forward_losses(ready, batch, chunk_tokens=loss.chunk_tokens, router_bias=given["router_bias"])
         sums = jax.tree.map(jnp.sum, losses)
-        aux = load_balancing_loss(router) if router is not None else jnp.zeros(())
-        total = sums.cross_entropy / tokens
+        routing = router_losses(stats, given["valid"])
+        aux = routing.aux * given["share"]
+        total = sums.cross_entropy / given["tokens"]
         if loss.z_loss:
-            total += loss.z_loss * sums.log_z_squared / tokens
-        if loss.aux_loss and router is not None:
-            total += loss.aux_loss * share * aux
-        return total, (sums, router, aux * share)
+            total += loss.z_loss * sums.log_z_squared / given["tokens"]
+        if loss.aux_loss:
+            total += loss.aux_loss * aux
+        if loss.router_z_loss:
+            total += loss.router_z_loss * routing.z
+        return total, (sums, stats, aux, routing.z)
 
-    def pinned(grads: Any) -> Any:
-        # Gradients out of scan and checkpoint can lose their fsdp axis; the table says where they live.
-        return grads if mesh is None else jax.lax.with_sharding_constraint(grads, tree_shardings(grads, mesh))
+    def micro(given: dict[str, Any], batch: Batch) -> tuple[Any, Any]:
+        (total, extras), grads = jax.value_and_grad(objective, has_aux=True)(given["trained"], given, batch)
+        return grads, (total, *extras)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = jax.tree.map(jnp.asarray, batch)
-        A = batch.input_ids.shape[0]
         tokens = jnp.maximum(count_targets(batch), 1)
-        share = jnp.float32(1 / A)
         with jax.named_scope("cast"):
             compute = jax.tree.map(lambda p: p.astype(compute_dtype), state.params)
-        gradient = jax.value_and_grad(objective, has_aux=True)
-
-        def micro(microbatch: Batch) -> tuple[Any, Any]:
-            (total, extras), grads = gradient(compute, state.frozen, microbatch, share, tokens)
-            return pinned(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), (total, extras)
-
-        if A == 1:
-            grads, sums = micro(jax.tree.map(lambda a: a[0], batch))
-        else:
-
-            def accumulate(carry: Any, microbatch: Batch) -> tuple[Any, None]:
-                grads, sums = carry
-                more, extra = micro(microbatch)
-                return (pinned(jax.tree.map(jnp.add, grads, more)), jax.tree.map(jnp.add, sums, extra)), None
-
-            zeros = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(micro, jax.tree.map(lambda a: a[0], batch))
-            )
-            (grads, sums), _ = jax.lax.scan(accumulate, (pinned(zeros[0]), zeros[1]), batch)
-        total, (token_sums, router, aux) = sums
+        given = {
+            "trained": compute,
+            "frozen": state.frozen,
+            "router_bias": state.router_bias,
+            "tokens": tokens,
+            "valid": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
+            "share": jnp.float32(1 / batch.input_ids.shape[0]),
+        }
+        grads, (total, token_sums, stats, aux, router_z) = accumulate(micro, given, batch)
 
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
@@ -121,19 +114,26 @@ def make_train_step(
         def keep_if_bad(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
+        router_bias = state.router_bias
+        if router_bias is not None:
+            assert stats is not None  # a bias has a row for each MoE layer
+            moved = moved_bias(router_bias, stats.tokens_per_expert, router.bias_update_rate)
+            router_bias = keep_if_bad(moved, router_bias)
         bad = jnp.where(good, 0, 1).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             params=keep_if_bad(params, state.params),
             frozen=state.frozen,
             opt_state=keep_if_bad(opt_state, state.opt_state),
+            router_bias=router_bias,
             rng=state.rng,
             bad_steps=state.bad_steps + bad,
             bad_in_a_row=jnp.where(good, 0, state.bad_in_a_row + 1).astype(jnp.int32),
         )
         metrics = {
             "loss": token_sums.cross_entropy / tokens,
-            "aux_loss": aux if router is not None else None,
+            "aux_loss": aux if stats is not None else None,
+            "router_z_loss": router_z if stats is not None else None,
             "z_loss": token_sums.log_z_squared / tokens if loss.z_loss else None,
             "accuracy": token_sums.correct / tokens,
             "grad_norm": norm,
@@ -141,7 +141,8 @@ def make_train_step(
             "tokens": count_targets(batch),
             "bad_steps": new_state.bad_steps,
             "bad_in_a_row": new_state.bad_in_a_row,
-            "router": router,
+            "router": stats,
+            "router_bias": router_bias,
         }
         return new_state, metrics
 
