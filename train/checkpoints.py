@@ -1,12 +1,13 @@
 """Checkpoints of a run: `RUN/checkpoints/STEP`, written in the background by Orbax, checked when read.
 
-Each holds `state` (plain nested dicts: `params` of the whole model, optimizer, counters, key) and `loop` (JSON: the data
+Each holds `state` (plain nested dicts: `params` of the whole model, or a LoRA run's adapters; optimizer, counters, key) and `loop` (JSON: the data
 iterators' states and a fingerprint of every array). A damaged checkpoint is reported, moved aside, and the one before is used.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import logging
 import os
@@ -99,10 +100,11 @@ def decode_iterator(state: Any) -> Any:
 class Checkpoints:
     """Those of one run. Use as a context manager: leaving it waits for the save in progress."""
 
-    def __init__(self, run: str | Path, config: CheckpointConfig):
+    def __init__(self, run: str | Path, config: CheckpointConfig, *, adapters: bool = False):
+        """`adapters`: the frozen parameters are a base that is read from elsewhere, and are not kept."""
         self.run = Path(run).resolve()
         self.directory = self.run / "checkpoints"
-        self.config = config
+        self.config, self.adapters = config, adapters
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._pending: Any = None
 
@@ -125,7 +127,7 @@ class Checkpoints:
         if self._checkpointer is None:
             self._checkpointer = self._open()
         self.wait()
-        tree = to_tree(state)
+        tree = to_tree(self._kept(state))
         self._pending = self._checkpointer.save_checkpointables_async(
             step,
             {"state": tree, "loop": {**loop, "arrays": fingerprint(tree)}},
@@ -133,6 +135,9 @@ class Checkpoints:
             overwrite=step in self.steps(),
             metrics=None if metrics is None else dict(metrics),
         )
+
+    def _kept(self, state: TrainState) -> TrainState:
+        return dataclasses.replace(state, frozen={}) if self.adapters else state
 
     def wait(self) -> None:
         """Until the save in progress is on disk."""
@@ -151,7 +156,8 @@ class Checkpoints:
         found = self.steps()
         for step in reversed(found):
             try:
-                return self._read(step, like)
+                state, loop = self._read(step, self._kept(like))
+                return (dataclasses.replace(state, frozen=like.frozen) if self.adapters else state), loop
             except TrainingError:
                 raise
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own for damaged files

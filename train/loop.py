@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, make_mesh
+from qvlmoe_jax.adapters import adapt
 from qvlmoe_jax.checkpoint import load_params, open_weights
 from train.checkpoints import Checkpoints, decode_iterator, encode_iterator
 from train.config import TrainConfig
@@ -31,9 +32,10 @@ from train.errors import TrainingError
 from train.evaluate import make_evaluate, validate
 from train.feed import Counts, DataIterator, Fed, Feed, Interrupted, OpenedData, place
 from train.flops import peak_tflops, step_flops
+from train.lora import Base, as_library, first_adapters, load_base
 from train.metrics import Metrics, memory_gib, router_load
 from train.optim import make_optimizer, schedule
-from train.run_files import EXPORT_DIR, HF_DIR, export, only_writer, save_config, side_directory, start_run
+from train.run_files import EXPORT_DIR, HF_DIR, export, export_adapted, only_writer, save_config, side_directory, start_run
 from train.state import TrainState, all_params, init_state
 from train.step import make_train_step
 
@@ -126,10 +128,14 @@ def open_mesh(config: TrainConfig) -> Mesh | None:
 
 
 def open_model(config: TrainConfig, mesh: Mesh | None) -> tuple[Qwen3VLMoeForConditionalGeneration, Callable[[], dict[str, Any]]]:
-    """The model's structure (abstract parameters) and what makes or reads its parameters."""
+    """The model's structure (abstract parameters) and what makes or reads its parameters: a LoRA run's are its adapters."""
     side = side_directory(config.model.path)
     model_config = Qwen3VLMoeConfig.from_json(side)
     abstract = Qwen3VLMoeForConditionalGeneration.abstract(model_config, backend=config.backend)
+
+    if config.lora is not None:
+        abstract = adapt(abstract, as_library(config.lora), dtype=jnp.dtype(config.model.compute_dtype))
+        return abstract, lambda: first_adapters(config, abstract, mesh)
 
     def params() -> dict[str, Any]:
         dtype = jnp.dtype(config.model.param_dtype)
@@ -183,6 +189,7 @@ def train(
         _open_run(config, stack)
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
+        base = None if config.lora is None else Base(config)
         model, make_params = open_model(config, mesh)
         tx = make_optimizer(config.optimizer)
         compute_dtype = jnp.dtype(config.model.compute_dtype)
@@ -195,7 +202,9 @@ def train(
             seed=config.seed,
             mesh=mesh,
         )
-        checkpoints = stack.enter_context(Checkpoints(config.run, config.checkpoint))
+        if base is not None:
+            state = dataclasses.replace(state, frozen=load_base(config, base.weights, mesh))
+        checkpoints = stack.enter_context(Checkpoints(config.run, config.checkpoint, adapters=base is not None))
         if data is None:
             data = opened = open_data(config, config.data)
             stack.callback(opened.close)
@@ -208,6 +217,8 @@ def train(
             log.warning("resumed from the checkpoint of step %d", int(state.step))
         if jax.process_index() == 0:
             save_config(config)
+            if base is not None:
+                base.record()
         start = int(state.step)
         metrics = Metrics(config.run, config.metrics, plain(config), resume_step=start)
         stack.callback(metrics.close)
@@ -275,7 +286,10 @@ def train(
                 return state
         checkpoints.wait()
         if config.checkpoint.export and jax.process_index() == 0:
-            export(Path(config.run) / EXPORT_DIR, Path(config.run), model, all_params(state), config.checkpoint.export_dtype)
+            if base is None:
+                export(Path(config.run) / EXPORT_DIR, Path(config.run), model.config, all_params(state), config.checkpoint.export_dtype)
+            else:
+                export_adapted(Path(config.run), config.checkpoint.export_dtype)
         return state
 
 
