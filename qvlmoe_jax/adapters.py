@@ -13,7 +13,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from qvlmoe_jax.lora import LoraConfig, adapter_paths, adapter_shapes, factor_shapes, is_adapter, linear_dims, linears, target_paths
+from qvlmoe_jax.lora import (
+    LoraConfig,
+    adapter_paths,
+    adapter_shapes,
+    factor_shapes,
+    is_adapter,
+    linear_dims,
+    linears,
+    target_paths,
+)
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.quantised import QuantisedWeight
@@ -58,7 +67,12 @@ def _owner(model: nnx.Module, path: str) -> tuple[Any, str]:
 
 
 def init_adapters(
-    model: Qwen3VLMoeForConditionalGeneration, lora: LoraConfig, *, seed: int = 0, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+    model: Qwen3VLMoeForConditionalGeneration,
+    lora: LoraConfig,
+    *,
+    seed: int = 0,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """New adapters, as PEFT draws them: A uniform within 1 / sqrt(inputs), B zero, so the model's answers are the base's.
 

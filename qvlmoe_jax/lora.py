@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): which weights take them, their places and shapes, and what they add to a weight.
 
-The adapted product is `x W + scale (x A) B`. A weight `[lead..., in..., out...]` (lead: layers, experts) has `A [lead..., in..., r]`
-and `B [lead..., r, out...]`. Numpy only: reading and merging a checkpoint needs no jax; `adapters` puts them into a model.
+The adapted product is `x W + scale (x A) B`. A weight `[lead..., in..., out...]` (lead: layers, experts) has factors
+`A [lead..., in..., r]` and `B [lead..., r, out...]`. Numpy only: reading and merging a checkpoint needs no jax; `adapters` puts
+them into a model.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class LoraConfig:
     """What is adapted, and how.
 
     Attributes:
-      rank: r. alpha: the product of the factors is scaled by alpha / rank, with `rslora` by alpha / sqrt(rank) (arXiv 2312.03732).
+      rank: r. alpha: the factors' product is scaled by alpha / rank, with `rslora` by alpha / sqrt(rank) (arXiv 2312.03732).
       targets: `attention`, `experts`, `mlp` (dense layers), `vision`, `merger`, or regular expressions over weights' paths.
       base_quantization: hold the linears of the base (adapted or not) as `int8` (absmax of each output) or `nf4` (QLoRA, arXiv
         2305.14314: blocks of 64 inputs); None: as they are.
@@ -97,12 +98,14 @@ def target_paths(config: Qwen3VLMoeConfig, targets: Iterable[str]) -> list[str]:
             raise ConfigError(f"lora.targets: {target!r} is not a regular expression ({error})") from None
         if not found and target not in PARTS:
             raise ConfigError(
-                f"lora.targets: {target!r} matches no weight that can be adapted, expected one of {', '.join(PARTS)} or a regular "
-                f"expression over paths such as {next(iter(paths))!r}"
+                f"lora.targets: {target!r} matches no weight that can be adapted, expected one of {', '.join(PARTS)} or a "
+                f"regular expression over paths such as {next(iter(paths))!r}"
             )
         hits |= found
     if not hits:
-        raise ConfigError(f"lora.targets = {list(targets)} names nothing that this model has, expected some of {', '.join(PARTS)}")
+        raise ConfigError(
+            f"lora.targets = {list(targets)} names nothing that this model has, expected some of {', '.join(PARTS)}"
+        )
     return [path for path in paths if path in hits]
 
 
@@ -138,9 +141,7 @@ def delta(a: np.ndarray, b: np.ndarray, num_inputs: int, scale: float) -> np.nda
     """`scale * A B`, float32 `[lead..., in..., out...]`, what an adapter adds to its weight."""
     lead = a.ndim - 1 - num_inputs
     a32, b32 = a.astype(np.float32), b.astype(np.float32)
-    product = np.matmul(
-        a32.reshape(*a.shape[:lead], -1, a.shape[-1]), b32.reshape(*b.shape[: lead + 1], -1)
-    )
+    product = np.matmul(a32.reshape(*a.shape[:lead], -1, a.shape[-1]), b32.reshape(*b.shape[: lead + 1], -1))
     return (np.float32(scale) * product).reshape(*a.shape[:-1], *b.shape[lead + 1 :])
 
 

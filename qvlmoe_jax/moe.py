@@ -88,7 +88,7 @@ def balanced_choice(num_tokens: int, num_experts: int, k: int, dtype: DTypeLike)
 
 
 class Qwen3VLMoeTextExperts(nnx.Module):
-    """The experts' weights, `gate_up_proj [E,D,2,F]` and `down_proj [E,F,D]`, and their adapters if they have any (`adapters`)."""
+    """The experts' weights, `gate_up_proj [E,D,2,F]` and `down_proj [E,F,D]`, and their adapters if they have any."""
 
     gate_up_proj: nnx.Param | QuantisedWeight
     down_proj: nnx.Param | QuantisedWeight
@@ -132,9 +132,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             return jax.checkpoint(lambda block, *inputs: block._placed(*inputs))(self, x_BTD, valid_BT, stacked_layer)
         return self._placed(x_BTD, valid_BT, stacked_layer)
 
-    def _placed(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, stacked_layer: jax.Array | None
-    ) -> tuple[jax.Array, RouterStats]:
+    def _placed(self, x_BTD: jax.Array, valid_BT: jax.Array, stacked_layer: jax.Array | None) -> tuple[jax.Array, RouterStats]:
         gate, gate_up, down = self.gate.weight[...], self.experts.gate_up_proj[...], self.experts.down_proj[...]
         adapters = self.experts.adapters()
         mesh = active_mesh()

@@ -1,8 +1,8 @@
 """Adapters in the format of Hugging Face's PEFT: `adapter_config.json` and `adapter_model.safetensors`, both ways. No torch.
 
-PEFT keeps a linear's factors as linears of their own, `lora_A [r,in]` and `lora_B [out,r]`. The fused experts are parameters, not
-modules: `target_parameters` names them, their factors are `[E*r,in]` (expert by expert) and `[out,r*E]` (rank by rank), and of two
-on one module the first (gate_up_proj) is the inner one, `experts.base_layer` (peft 0.21, `ParamWrapper`).
+PEFT keeps a linear's factors as linears of their own, `lora_A [r,in]` and `lora_B [out,r]`. The fused experts are parameters,
+not modules: `target_parameters` names them, their factors are `[E*r,in]` (expert by expert) and `[out,r*E]` (rank by rank), and
+of two on one module the first (gate_up_proj) is the inner one, `experts.base_layer` (peft 0.21, `ParamWrapper`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.file_copy import MappedFile
 from qvlmoe_jax.hf import Row, expand, param_shapes, rows_by_path
 from qvlmoe_jax.local_files import read_json
 from qvlmoe_jax.lora import LoraConfig, adapter_paths, factor_shapes, linears, target_paths
 from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.safetensors_io import map_tensor, read_header, write_safetensors
-from qvlmoe_jax.file_copy import MappedFile
 from qvlmoe_jax.whole_directory import whole_directory
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -1,8 +1,8 @@
 """Weights in 8 or 4 bits: the numbers of QLoRA's base, made and read back in numpy. `quantised` holds them in a model.
 
 A weight is `[lead..., in..., out...]`. int8: `round(127 w / absmax)`, absmax over all inputs of one output. nf4 (QLoRA, arXiv
-2305.14314): the nearest of 16 quantiles of the normal distribution, of w over the absmax of its block of 64 neighbours on the last
-input dim (the last block may be shorter), two codes to a byte. Codes and scales keep the weight's rank and order of dims, so
+2305.14314): the nearest of 16 quantiles of the normal distribution, of w over the absmax of its block of 64 neighbours on the
+last input dim (the last block may be shorter), two codes to a byte. Codes and scales keep the weight's rank and order of dims, so
 both are sharded by the weight's own row of the table.
 """
 
@@ -28,9 +28,7 @@ NF4 = np.array(
 _MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2
 
 
-def quantised_shapes(
-    kind: Quantization, shape: Sequence[int], dims: tuple[int, int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def quantised_shapes(kind: Quantization, shape: Sequence[int], dims: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of codes (int8 or uint8) and scales (float32) of a weight with `dims` = (input dims, output dims)."""
     inputs, outputs = dims
     first, last = len(shape) - inputs - outputs, len(shape) - outputs - 1
@@ -64,16 +62,16 @@ def codes_of(kind: Quantization, weight: np.ndarray, scales: np.ndarray, dims: t
         return np.rint(w / divisor).astype(np.int8)
     last = w.ndim - dims[1] - 1
     before = (slice(None),) * last
-    codes = np.searchsorted(_MIDPOINTS, w / np.repeat(divisor, BLOCK, axis=last)[(*before, slice(w.shape[last]))]).astype(np.uint8)
+    codes = np.searchsorted(_MIDPOINTS, w / np.repeat(divisor, BLOCK, axis=last)[(*before, slice(w.shape[last]))]).astype(
+        np.uint8
+    )
     if w.shape[last] % 2:
         codes = np.pad(codes, [(0, int(dim == last)) for dim in range(w.ndim)])
     even, odd = (codes[(*before, slice(start, None, 2))] for start in (0, 1))
     return even | odd << 4
 
 
-def dequantise(
-    kind: Quantization, codes: np.ndarray, scales: np.ndarray, dims: tuple[int, int], size: int
-) -> np.ndarray:
+def dequantise(kind: Quantization, codes: np.ndarray, scales: np.ndarray, dims: tuple[int, int], size: int) -> np.ndarray:
     """The weight that the codes stand for, float32. `size` is that of the last input dim."""
     if kind == "int8":
         return codes.astype(np.float32) * scales

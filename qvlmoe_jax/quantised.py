@@ -41,6 +41,8 @@ class QuantisedWeight(nnx.Module):
         values = jnp.full(numbers.shape, NF4[0])
         for number, value in enumerate(NF4[1:], 1):
             values = jnp.where(numbers == number, value, values)
-        blocks = jnp.broadcast_to(jnp.expand_dims(scales, last + 1), (*scales.shape[: last + 1], BLOCK, *scales.shape[last + 1 :]))
+        blocks = jnp.broadcast_to(
+            jnp.expand_dims(scales, last + 1), (*scales.shape[: last + 1], BLOCK, *scales.shape[last + 1 :])
+        )
         values, blocks = (jax.lax.slice_in_dim(a, 0, self.size, axis=last) for a in (values, blocks.reshape(shape)))
         return (values * blocks).astype(self.dtype)

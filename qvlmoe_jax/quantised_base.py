@@ -1,4 +1,4 @@
-"""A model directory's weights as a QLoRA base: its linears are quantised when they are read, in the surface of any other weights."""
+"""A model directory's weights as a QLoRA base: its linears are quantised when they are read; the surface of other weights."""
 
 from __future__ import annotations
 

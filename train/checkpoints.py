@@ -1,7 +1,8 @@
 """Checkpoints of a run: `RUN/checkpoints/STEP`, written in the background by Orbax, checked when read.
 
-Each holds `state` (plain nested dicts: `params` of the whole model, or a LoRA run's adapters; optimizer, counters, key) and `loop` (JSON: the data
-iterators' states and a fingerprint of every array). A damaged checkpoint is reported, moved aside, and the one before is used.
+Each holds `state` (plain nested dicts: `params` of the whole model, or a LoRA run's adapters; optimizer, counters, key) and
+`loop` (JSON: the data iterators' states and a fingerprint of every array). A damaged checkpoint is reported, moved aside, and the
+one before is used.
 """
 
 from __future__ import annotations

@@ -286,10 +286,11 @@ def train(
                 return state
         checkpoints.wait()
         if config.checkpoint.export and jax.process_index() == 0:
+            run, dtype = Path(config.run), config.checkpoint.export_dtype
             if base is None:
-                export(Path(config.run) / EXPORT_DIR, Path(config.run), model.config, all_params(state), config.checkpoint.export_dtype)
+                export(run / EXPORT_DIR, run, model.config, all_params(state), dtype)
             else:
-                export_adapted(Path(config.run), config.checkpoint.export_dtype)
+                export_adapted(run, dtype)
         return state
 
 

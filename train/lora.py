@@ -29,9 +29,7 @@ def as_library(section: LoraSection) -> LoraConfig:
     return LoraConfig(section.rank, section.alpha, section.rslora, section.targets, section.base_quantization)
 
 
-def first_adapters(
-    config: TrainConfig, model: Qwen3VLMoeForConditionalGeneration, mesh: Mesh | None
-) -> dict[str, Any]:
+def first_adapters(config: TrainConfig, model: Qwen3VLMoeForConditionalGeneration, mesh: Mesh | None) -> dict[str, Any]:
     """The adapters of step 0: those of `lora.adapter`, or new ones.
 
     Raises:
@@ -56,8 +54,8 @@ def _check_same(section: LoraSection, found: LoraConfig, model: Qwen3VLMoeConfig
     different = sorted({*target_paths(model, section.targets)} ^ {*target_paths(model, found.targets)})
     if different:
         raise ConfigError(
-            f"lora.targets: {section.adapter} and the config differ in {len(different)} weights, first {different[0]!r}; expected "
-            "targets that name what the adapter holds"
+            f"lora.targets: {section.adapter} and the config differ in {len(different)} weights, first {different[0]!r}; "
+            "expected targets that name what the adapter holds"
         )
 
 
@@ -86,8 +84,8 @@ class Base:
             _, path, identity = read_lora(self.run)
             if identity != self.identity:
                 raise TrainingError(
-                    f"model.path {config.model.path} is not the base that {self.run} was started from ({path}), expected the same "
-                    "weights; give that path, or start in another run directory"
+                    f"model.path {config.model.path} is not the base that {self.run} was started from ({path}); expected the "
+                    "same weights: give that path, or start in another run directory"
                 )
 
     def record(self) -> None:

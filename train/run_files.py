@@ -135,9 +135,7 @@ class _Stored:
         return self[()]
 
 
-def export(
-    destination: Path, run: Path, config: Qwen3VLMoeConfig, params: Mapping[str, Any], dtype: str | None = None
-) -> None:
+def export(destination: Path, run: Path, config: Qwen3VLMoeConfig, params: Mapping[str, Any], dtype: str | None = None) -> None:
     """Writes parameters in the hub's layout with the run's side files; the directory is replaced whole or not at all."""
     flat = flatten(params)
     cast = nest({path: leaf if dtype is None else jnp.asarray(leaf, dtype) for path, leaf in flat.items()})
