@@ -40,7 +40,7 @@ CONVERSION_FILE = "conversion.json"
 CHECKPOINT_DIR = "checkpoint"
 ARRAYS_DIR = "state"
 """Orbax's name for the tree that `ocp.save` writes, inside the checkpoint."""
-RUN_HF, RUN_CHECKPOINTS = "hf", "checkpoints"
+RUN_HF, RUN_CHECKPOINTS, RUN_LORA = "hf", "checkpoints", "lora.json"
 
 
 class ParamStore:
@@ -157,6 +157,11 @@ def is_training_checkpoint(directory: Path) -> bool:
     return is_step or ((directory / RUN_CHECKPOINTS).is_dir() and (directory / RUN_HF).is_dir())
 
 
+def is_adapter_run(directory: Path) -> bool:
+    """`directory` is a RUN, or one of its STEPs, that holds adapters alone (see `adapter_run`)."""
+    return is_training_checkpoint(directory) and (step_directory(directory).parent.parent / RUN_LORA).is_file()
+
+
 Weights = HFWeights | ConvertedWeights | TrainedWeights
 
 
@@ -175,6 +180,10 @@ def open_weights(directory: str | Path) -> Weights:
         )
     if (directory / CONVERSION_FILE).exists():
         return ConvertedWeights(directory)
+    if is_adapter_run(directory):
+        from qvlmoe_jax.adapter_run import AdaptedWeights
+
+        return AdaptedWeights(directory)
     return TrainedWeights(directory) if is_training_checkpoint(directory) else HFWeights(directory)
 
 

@@ -30,13 +30,13 @@ def zero_past(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None], rows, 0)
 
 
-def _tile_rows(num_rows: int, num_experts: int) -> int:
+def tile_rows(num_rows: int, num_experts: int) -> int:
     """Rows per tile: about one expert's even share, a power of two, so that few rows of a tile are wasted."""
     share = max(1, num_rows // num_experts)
     return min(_MAX_TILE, max(_MIN_TILE, 1 << (share - 1).bit_length()))
 
 
-def _for_each_tile(group_sizes: jax.Array, tile: int, open_expert: Any, close_expert: Any, on_tile: Any, carry: Any) -> Any:
+def for_each_tile(group_sizes: jax.Array, tile: int, open_expert: Any, close_expert: Any, on_tile: Any, carry: Any) -> Any:
     """Visits every tile of every non-empty group in row order.
 
     Args:
@@ -61,11 +61,11 @@ def _for_each_tile(group_sizes: jax.Array, tile: int, open_expert: Any, close_ex
     return jax.lax.fori_loop(0, jnp.sum(group_sizes > 0), one_expert, carry)
 
 
-def _slice_rows(array: jax.Array, first: jax.Array, count: int) -> jax.Array:
+def slice_rows(array: jax.Array, first: jax.Array, count: int) -> jax.Array:
     return jax.lax.dynamic_slice(array, (first, 0), (count, array.shape[1]))
 
 
-def _write_rows(array: jax.Array, rows: jax.Array, first: jax.Array) -> jax.Array:
+def write_rows(array: jax.Array, rows: jax.Array, first: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(array, rows, (first, 0))
 
 
@@ -92,18 +92,18 @@ def run_tiles(
     be passed whole."""
     R, D = rows.shape
     F = gate_up.shape[-1]
-    tile = _tile_rows(R, group_sizes.shape[0])
+    tile = tile_rows(R, group_sizes.shape[0])
     padded = jnp.pad(rows, ((0, tile), (0, 0)))
 
     def open_expert(_: jax.Array, expert: jax.Array) -> Any:
         return gate_up[first_expert + expert].reshape(D, 2 * F), down[first_expert + expert]
 
     def on_tile(out: jax.Array, weights: Any, first: jax.Array, _: jax.Array) -> Any:
-        hidden = einsum("RD,DF->RF", _slice_rows(padded, first, tile), weights[0])
+        hidden = einsum("RD,DF->RF", slice_rows(padded, first, tile), weights[0])
         y = einsum("RF,FD->RD", swiglu(hidden[:, :F], hidden[:, F:]), weights[1])
-        return _write_rows(out, y, first), weights
+        return write_rows(out, y, first), weights
 
-    out = _for_each_tile(group_sizes, tile, open_expert, lambda out, *_: out, on_tile, jnp.zeros_like(padded))
+    out = for_each_tile(group_sizes, tile, open_expert, lambda out, *_: out, on_tile, jnp.zeros_like(padded))
     return zero_past(out[:R], group_sizes)
 
 
@@ -115,7 +115,7 @@ def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Ar
     rows, gate_up, down, group_sizes = residuals
     R, D = rows.shape
     E, _, _, F = gate_up.shape
-    tile = _tile_rows(R, E)
+    tile = tile_rows(R, E)
     padded, d_padded = (jnp.pad(a, ((0, tile), (0, 0))) for a in (rows, d_out))
 
     def open_expert(_: Any, expert: jax.Array) -> Any:
@@ -127,14 +127,14 @@ def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Ar
         w_in, w_out, dw_in, dw_out = local
         # Rows of the next experts, reached by this tile's end, must not count in this expert's weight gradients.
         own = (jnp.arange(tile) < rows_left)[:, None]
-        x = _slice_rows(padded, first, tile)
-        dy = jnp.where(own, _slice_rows(d_padded, first, tile), 0)
+        x = slice_rows(padded, first, tile)
+        dy = jnp.where(own, slice_rows(d_padded, first, tile), 0)
         hidden = einsum("RD,DF->RF", x, w_in)
         act, pullback = jax.vjp(lambda h: swiglu(h[:, :F], h[:, F:]), hidden)
         (d_hidden,) = pullback(einsum("RD,FD->RF", dy, w_out))
         dw_in += einsum("RD,RF->DF", x, d_hidden).astype(jnp.float32)
         dw_out += einsum("RF,RD->FD", act, dy).astype(jnp.float32)
-        d_rows = _write_rows(d_rows, einsum("RF,DF->RD", d_hidden, w_in), first)
+        d_rows = write_rows(d_rows, einsum("RF,DF->RD", d_hidden, w_in), first)
         return (d_rows, d_gate_up, d_down), (w_in, w_out, dw_in, dw_out)
 
     def close_expert(carry: Any, local: Any, expert: jax.Array) -> Any:
@@ -144,7 +144,7 @@ def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Ar
         return d_rows, d_gate_up, d_down.at[expert].set(dw_out.astype(d_down.dtype))
 
     zeros = jnp.zeros_like(padded), jnp.zeros_like(gate_up), jnp.zeros_like(down)
-    d_rows, d_gate_up, d_down = _for_each_tile(group_sizes, tile, open_expert, close_expert, on_tile, zeros)
+    d_rows, d_gate_up, d_down = for_each_tile(group_sizes, tile, open_expert, close_expert, on_tile, zeros)
     return zero_past(d_rows[:R], group_sizes), d_gate_up, d_down, None
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qvlmoe_jax.collectives import placed_einsum, placed_lookup
+from qvlmoe_jax.quantised import QuantisedWeight
 
 Init = Callable[..., jax.Array]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -46,8 +47,13 @@ def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
 class Linear(nnx.Module):
     """`einsum(equation, x, weight) (+ bias)`. The weight is `[in..., out...]`; the bias has the output's own letters.
 
-    `place` is the weight's path in the sharding table: the product's collectives are then stated (`collectives`).
+    `place` is the weight's path in the sharding table: the product's collectives are then stated (`collectives`). With an
+    adapter (`adapters.adapt`) `lora_scale * (x lora_A) lora_B` is added; `weight` may then be a `QuantisedWeight`.
     """
+
+    weight: nnx.Param | QuantisedWeight
+    lora_A: nnx.Param | None
+    lora_B: nnx.Param | None
 
     def __init__(
         self,
@@ -66,15 +72,33 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), shape, dtype))
         out_shape = tuple(size for letter, size in zip(letters, shape, strict=True) if letter in output)
         self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if use_bias else None
+        self.lora_A = self.lora_B = None
+        self.lora_scale = 1.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.weight[...]
-        y = (
-            einsum(self.equation, x, weight)
-            if self.place is None
-            else placed_einsum(self.equation, x, weight, self.place, einsum)
-        )
-        return y if self.bias is None else y + self.bias[...]
+        if isinstance(self.weight, QuantisedWeight):
+            # The backward pass expands the weight again: kept, it would be one of full size per layer.
+            y = jax.checkpoint(lambda x, weight: self._product(self.equation, x, weight[...], "weight"))(x, self.weight)
+        else:
+            y = self._product(self.equation, x, self.weight[...], "weight")
+        y = y if self.bias is None else y + self.bias[...]
+        return y if self.lora_A is None else y + self._low_rank(x)
+
+    def _product(self, equation: str, x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
+        if self.place is None:
+            return einsum(equation, x, weight)
+        return placed_einsum(equation, x, weight, self.place.removesuffix("weight") + name, einsum)
+
+    def _low_rank(self, x: jax.Array) -> jax.Array:
+        """`scale (x A) B`; r stands for the rank in the equations."""
+        assert self.lora_A is not None and self.lora_B is not None
+        operands, output = self.equation.split("->")
+        x_letters, letters = operands.split(",")
+        inputs = "".join(letter for letter in letters if letter not in output)
+        middle = "".join(letter for letter in x_letters if letter not in inputs) + "r"
+        low = self._product(f"{x_letters},{inputs}r->{middle}", x, self.lora_A[...], "lora_A")
+        outputs = letters.removeprefix(inputs)
+        return self._product(f"{middle},r{outputs}->{output}", self.lora_scale * low, self.lora_B[...], "lora_B")
 
 
 class Embed(nnx.Module):

@@ -6,8 +6,8 @@ B batch, T length, S tokens (B*T), D hidden, E experts, F expert width, k expert
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,10 @@ from qvlmoe_jax.collectives import axes_of, gather
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
 from qvlmoe_jax.exchange import Exchange
 from qvlmoe_jax.experts import KERNELS
+from qvlmoe_jax.experts_adapted import PRODUCTS, adapted_experts
 from qvlmoe_jax.experts_stacked import STACKED_KERNELS
 from qvlmoe_jax.layers import Linear, einsum
+from qvlmoe_jax.quantised import QuantisedWeight
 from qvlmoe_jax.sharding import BATCH, active_mesh, fit, partition_spec
 
 
@@ -96,13 +98,22 @@ def balanced_choice(num_tokens: int, num_experts: int, k: int, dtype: DTypeLike)
 
 
 class Qwen3VLMoeTextExperts(nnx.Module):
-    """The experts' weights, `gate_up_proj [E,D,2,F]` and `down_proj [E,F,D]`."""
+    """The experts' weights, `gate_up_proj [E,D,2,F]` and `down_proj [E,F,D]`, and their adapters if they have any."""
+
+    gate_up_proj: nnx.Param | QuantisedWeight
+    down_proj: nnx.Param | QuantisedWeight
 
     def __init__(self, config: Qwen3VLMoeTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
         init = jax.nn.initializers.normal(config.initializer_range)
         self.gate_up_proj = nnx.Param(init(rngs.params(), (E, D, 2, F), dtype))
         self.down_proj = nnx.Param(init(rngs.params(), (E, F, D), dtype))
+        self.lora_scale = 1.0
+
+    def adapters(self) -> dict[str, jax.Array]:
+        """`gate_up_proj_lora_A [E,D,r]`, `gate_up_proj_lora_B [E,r,2,F]`, and `down_proj`'s; empty without adapters."""
+        names = (f"{name}_lora_{factor}" for name in ("gate_up_proj", "down_proj") for factor in "AB")
+        return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
 
 
 class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
@@ -130,22 +141,32 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         stacked_layer: jax.Array | None = None,
         bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
+        if isinstance(self.experts.gate_up_proj, QuantisedWeight) and self.backend.remat == "none":
+            # the backward pass expands the weights again: kept, they would be of full size in every layer
+            return jax.checkpoint(lambda block, *inputs: block._placed(*inputs))(self, x_BTD, valid_BT, stacked_layer, bias_E)
+        return self._placed(x_BTD, valid_BT, stacked_layer, bias_E)
+
+    def _placed(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, stacked_layer: jax.Array | None, bias_E: jax.Array | None
+    ) -> tuple[jax.Array, RouterStats]:
         gate, gate_up, down = self.gate.weight[...], self.experts.gate_up_proj[...], self.experts.down_proj[...]
+        adapters = self.experts.adapters()
         mesh = active_mesh()
         if mesh is None:
-            return self._device(x_BTD, valid_BT, gate, gate_up, down, stacked_layer, bias_E, layout=_Layout())
+            return self._device(x_BTD, valid_BT, gate, gate_up, down, adapters, stacked_layer, bias_E, layout=_Layout())
         tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
         # The weights are taken as the table left them, so entering the region moves nothing.
         gate_spec = partition_spec("layers/mlp/gate/weight", gate.shape, mesh)
         gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
         down_spec = partition_spec("layers/mlp/experts/down_proj", down.shape, mesh)
-        layout = _Layout.of(tokens, gate_spec, gate_up_spec, down_spec)
+        adapter_specs = {name: partition_spec(f"layers/mlp/experts/{name}", a.shape, mesh) for name, a in adapters.items()}
+        layout = _Layout.of(tokens, gate_spec, gate_up_spec, down_spec, adapter_specs)
         return jax.shard_map(
             functools.partial(self._device, layout=layout),
-            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, P(), P()),
+            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, adapter_specs, P(), P()),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
-        )(x_BTD, valid_BT, gate, gate_up, down, stacked_layer, bias_E)
+        )(x_BTD, valid_BT, gate, gate_up, down, adapters, stacked_layer, bias_E)
 
     def _choose(
         self, x_SD: jax.Array, valid_S: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None
@@ -173,6 +194,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         gate: jax.Array,
         gate_up: jax.Array,
         down: jax.Array,
+        adapters: dict[str, jax.Array],
         stacked_layer: jax.Array | None,
         bias_E: jax.Array | None,
         *,
@@ -185,16 +207,21 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             if layout.token_axes:
                 stats = jax.lax.psum(stats, layout.token_axes)
         with jax.named_scope("weights"):
-            if stacked_layer is not None and (layout.gate_up_fsdp or layout.down_fsdp):
-                gate_up, down, stacked_layer = gate_up[stacked_layer], down[stacked_layer], None  # gathering copies it anyway
+            if stacked_layer is not None and (layout.gate_up_fsdp or layout.down_fsdp or adapters):
+                gate_up, down = gate_up[stacked_layer], down[stacked_layer]  # gathering copies it anyway
+                adapters, stacked_layer = {name: a[stacked_layer] for name, a in adapters.items()}, None
             if layout.gate_up_fsdp:
                 # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler all-reduces the gradient instead.
                 E, D, _, F = gate_up.shape
                 gate_up = jax.lax.all_gather(gate_up.reshape(E, D, 2 * F), "fsdp", axis=1, tiled=True).reshape(E, -1, 2, F)
             if layout.down_fsdp:
                 down = jax.lax.all_gather(down, "fsdp", axis=1, tiled=True)
+            adapters = {name: _gather_fsdp(a, layout.adapters.get(name, P())) for name, a in adapters.items()}
 
         def kernel(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+            if adapters:
+                product = PRODUCTS[self.backend.experts]
+                return adapted_experts(product, rows, gate_up, down, adapters, self.experts.lora_scale, sizes)
             if stacked_layer is None:
                 return KERNELS[self.backend.experts](rows, gate_up, down, sizes)
             return STACKED_KERNELS[self.backend.experts](rows, gate_up, down, sizes, stacked_layer)
@@ -241,6 +268,14 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             return combine(rows, order, weights)
 
 
+def _gather_fsdp(array: jax.Array, spec: P) -> jax.Array:
+    """`array` with its fsdp axis gathered (an expert's axis stays split); inside `shard_map`."""
+    for dim, entry in enumerate(spec, array.ndim - len(spec)):
+        if "fsdp" in axes_of(entry):
+            array = jax.lax.all_gather(array, "fsdp", axis=dim, tiled=True)
+    return array
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Which mesh axes split what inside the block, read off the fitted specs."""
@@ -251,6 +286,7 @@ class _Layout:
     gate_up_fsdp: bool = False
     down_fsdp: bool = False
     gate: P = P(None, None)  # noqa: RUF009 (immutable)
+    adapters: Mapping[str, P] = field(default_factory=dict)
 
     @property
     def gather_tokens(self) -> bool:
@@ -258,7 +294,7 @@ class _Layout:
         return self.experts and "expert" in self.token_axes
 
     @classmethod
-    def of(cls, tokens: P, gate: P, gate_up: P, down: P) -> _Layout:
+    def of(cls, tokens: P, gate: P, gate_up: P, down: P, adapters: Mapping[str, P]) -> _Layout:
         return cls(
             token_axes=axes_of(tokens[0]) + axes_of(tokens[1]),
             experts="expert" in axes_of(gate_up[-4]),
@@ -266,4 +302,5 @@ class _Layout:
             gate_up_fsdp="fsdp" in axes_of(gate_up[-3]),
             down_fsdp="fsdp" in axes_of(down[-2]),
             gate=gate,
+            adapters=adapters,
         )

@@ -43,6 +43,25 @@ TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc2/weight", ("tensor", FSDP)),
     (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc2/bias", (None,)),
     (r"(.*/)?(blocks/norm[12]|merger/norm|deepstack_merger_list/norm)/(weight|bias)", (None,)),
+    # Adapters (`lora`): A [in..., r] has its weight's inputs, B [r, out...] its outputs; what is left takes FSDP.
+    (r"(.*/)?layers(/\d+)?/self_attn/[qkv]_proj/lora_A", (FSDP, None)),
+    (r"(.*/)?layers(/\d+)?/self_attn/[qkv]_proj/lora_B", (None, "tensor", FSDP)),
+    (r"(.*/)?layers(/\d+)?/self_attn/o_proj/lora_A", ("tensor", FSDP, None)),
+    (r"(.*/)?layers(/\d+)?/mlp/experts/gate_up_proj_lora_A", ("expert", "fsdp", None)),
+    (r"(.*/)?layers(/\d+)?/mlp/experts/gate_up_proj_lora_B", ("expert", None, None, ("tensor", "fsdp"))),
+    (r"(.*/)?layers(/\d+)?/mlp/experts/down_proj_lora_A", ("expert", ("tensor", "fsdp"), None)),
+    (r"(.*/)?layers(/\d+)?/mlp/experts/down_proj_lora_B", ("expert", None, "fsdp")),
+    (r"(.*/)?layers(/\d+)?/mlp/(gate|up)_proj/lora_A", (FSDP, None)),
+    (r"(.*/)?layers(/\d+)?/mlp/(gate|up)_proj/lora_B", (None, VOCAB)),
+    (r"(.*/)?layers(/\d+)?/mlp/down_proj/lora_A", (VOCAB, None)),
+    (r"(.*/)?layers(/\d+)?/(self_attn/o_proj|mlp/down_proj)/lora_B", (None, FSDP)),
+    (r"(.*/)?blocks/attn/qkv/lora_A", (FSDP, None)),
+    (r"(.*/)?blocks/attn/qkv/lora_B", (None, None, "tensor", FSDP)),
+    (r"(.*/)?blocks/attn/proj/lora_A", ("tensor", FSDP, None)),
+    (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc1/lora_A", (FSDP, None)),
+    (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc1/lora_B", (None, VOCAB)),
+    (r"(.*/)?(blocks/mlp|merger|deepstack_merger_list)/linear_fc2/lora_A", (VOCAB, None)),
+    (r"(.*/)?(blocks/attn/proj|(blocks/mlp|merger|deepstack_merger_list)/linear_fc2)/lora_B", (None, FSDP)),
 )
 _COMPILED = tuple((re.compile(pattern), spec) for pattern, spec in TABLE)
 
@@ -53,12 +72,14 @@ def axes_of(entry: Any) -> tuple[str, ...]:
 
 
 def table_row(path: str) -> tuple[Any, ...]:
-    """The spec over trailing dims of the one table row that `path` (keys joined by '/') hits.
+    """The spec over trailing dims of the one table row that `path` (keys joined by '/') hits. A quantised weight's codes and
+    scales have the weight's own.
 
     Raises:
       KeyError: no row, or more than one, matches: the table and the tree have drifted apart.
     """
-    hits = [spec for pattern, spec in _COMPILED if pattern.fullmatch(path)]
+    weight = path.removesuffix("/codes").removesuffix("/scales")
+    hits = [spec for pattern, spec in _COMPILED if pattern.fullmatch(weight)]
     if len(hits) != 1:
         raise KeyError(f"parameter {path!r} hits {len(hits)} rows of the sharding table, expected exactly one")
     return hits[0]

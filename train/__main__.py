@@ -16,6 +16,7 @@ USAGE = """usage: python -m train CONFIG.yaml [--dotted.key value ...]     train
        python -m train plot RUN                                draw RUN/curves.png from its metrics
        python -m train plan CONFIG.yaml --topology v5p:4x4x4   compile the step for TPUs that are not here: memory, wire, time
        python -m train export RUN|RUN/checkpoints/STEP DST [--dtype bfloat16]    write a Hugging Face directory
+       python -m train export RUN|RUN/checkpoints/STEP DST --adapter    write a LoRA run's adapters as PEFT does
 
 Every key of the config can be set on the command line, e.g. --optimizer.learning_rate 1e-4 --steps 200 --profile TRACE_DIR.
 With several processes (docs/pods.md) the same command runs in each: where a cluster starts them, nothing is to be said, else
@@ -93,13 +94,19 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("source", metavar="RUN", type=Path)
     parser.add_argument("destination", metavar="DST", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--adapter", action="store_true")
     try:
         options = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; see python -m train --help") from None
-    from train.run_files import export_run
+    from train.run_files import export_adapter, export_run
 
-    export_run(options.source, options.destination, options.dtype)
+    if options.adapter:
+        if options.dtype is not None:
+            raise UsageError("--adapter writes float32, expected no --dtype")
+        export_adapter(options.source, options.destination)
+    else:
+        export_run(options.source, options.destination, options.dtype)
     print(options.destination)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
 import time
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from qvlmoe_jax.adapters import adapt, split_adapters
 from qvlmoe_jax.sharding import batch_shardings
 from train.config import TrainConfig
+from train.lora import as_library
 from train.optim import make_optimizer, schedule
 from train.router import bias_shape
 from train.run_files import side_directory
@@ -84,7 +87,11 @@ def abstract_state(config: TrainConfig, model: Qwen3VLMoeForConditionalGeneratio
             router_bias=bias_shape(config.router, model.config),
         )
 
-    state = jax.eval_shape(make, model.params())
+    if config.lora is None:
+        state = jax.eval_shape(make, model.params())
+    else:
+        adapters, base = split_adapters(model.params())
+        state = dataclasses.replace(jax.eval_shape(make, adapters), frozen=base)
     return jax.tree.map(_placed, state, state_shardings(state, mesh))
 
 
@@ -100,7 +107,11 @@ def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu") -> P
     """
     start = time.perf_counter()
     described = model_config(config)
-    model = Qwen3VLMoeForConditionalGeneration.abstract(described, backend=config.backend.resolve(platform))
+    compute_dtype = jnp.dtype(config.model.compute_dtype)
+    kept = jnp.float32 if config.lora is None else compute_dtype  # a LoRA run's base is held in the compute dtype
+    model = Qwen3VLMoeForConditionalGeneration.abstract(described, dtype=kept, backend=config.backend.resolve(platform))
+    if config.lora is not None:
+        model = adapt(model, as_library(config.lora), dtype=compute_dtype)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         state = abstract_state(config, model, mesh)
@@ -113,7 +124,7 @@ def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu") -> P
             loss=config.loss,
             optimizer=config.optimizer,
             router=config.router,
-            compute_dtype=jnp.dtype(config.model.compute_dtype),
+            compute_dtype=compute_dtype,
             state=state,
             mesh=mesh,
         )

@@ -1,12 +1,14 @@
 """Checkpoints of a run: `RUN/checkpoints/STEP`, written in the background by Orbax, checked when read.
 
-Each holds `state` (plain nested dicts: `params` of the whole model, optimizer, counters, key) and `loop` (JSON: the data
-streams' states and a fingerprint of every array). A damaged checkpoint is reported, moved aside, and the one before is used.
-Nothing in it knows of meshes or processes: any others can go on from it. With several processes all methods are collectives.
+Each holds `state` (plain nested dicts: `params` of the whole model, or a LoRA run's adapters; optimizer, counters, key) and
+`loop` (JSON: the data streams' states and a fingerprint of every array). A damaged checkpoint is reported, moved aside, and the
+one before is used. Nothing in it knows of meshes or processes: any others can go on from it. With several processes all methods
+are collectives.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -124,10 +126,11 @@ def _load(directory: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
 class Checkpoints:
     """Those of one run. Use as a context manager: leaving it waits for the save in progress."""
 
-    def __init__(self, run: str | Path, config: CheckpointConfig):
+    def __init__(self, run: str | Path, config: CheckpointConfig, *, adapters: bool = False):
+        """`adapters`: the frozen parameters are a base that is read from elsewhere, and are not kept."""
         self.run = Path(run).resolve()
         self.directory = self.run / "checkpoints"
-        self.config = config
+        self.config, self.adapters = config, adapters
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._pending: Any = None
 
@@ -150,7 +153,7 @@ class Checkpoints:
         if self._checkpointer is None:
             self._checkpointer = self._open()
         self.wait()
-        tree = to_tree(state)
+        tree = to_tree(self._kept(state))
         self._pending = self._checkpointer.save_checkpointables_async(
             step,
             {"state": tree, "loop": {**loop, "arrays": fingerprint(tree)}},
@@ -158,6 +161,9 @@ class Checkpoints:
             overwrite=step in processes.gather(self.steps())[0],
             metrics=None if metrics is None else dict(metrics),
         )
+
+    def _kept(self, state: TrainState) -> TrainState:
+        return dataclasses.replace(state, frozen={}) if self.adapters else state
 
     def wait(self) -> None:
         """Until the save in progress is on disk."""
@@ -176,7 +182,8 @@ class Checkpoints:
         found = processes.gather(self.steps())[0]
         for step in reversed(found):
             try:
-                return self._read(step, like)
+                state, loop = self._read(step, self._kept(like))
+                return (dataclasses.replace(state, frozen=like.frozen) if self.adapters else state), loop
             except _Damaged as damaged:
                 if processes.is_first():
                     aside = self._move_aside(step)

@@ -14,6 +14,7 @@ import yaml
 
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.lora import LoraConfig
 from train.config_tree import build, override, plain
 from train.data_config import DataConfig
 
@@ -47,6 +48,17 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     freeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraSection(LoraConfig):
+    """Adapters alone are trained; everything else is frozen, in compute_dtype or quantised (see `qvlmoe_jax.lora.LoraConfig`).
+
+    Attributes:
+      adapter: a directory in PEFT's format to begin from; its rank, alpha and targets must be those given here.
+    """
+
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +254,7 @@ class TrainConfig:
       run: directory it writes; a run found there is resumed.
       steps: optimizer steps of the whole run. seed: of weights and (folded in) everything else random.
       max_bad_steps: the run stops after this many non-finite steps in a row (each is skipped and counted).
+      lora: train low-rank adapters on a frozen model; None = train the model.
       profile: directory for a trace of the run from its fourth step on (`--profile DIR` with a small `steps`).
     """
 
@@ -253,6 +266,7 @@ class TrainConfig:
     max_bad_steps: int = 10
     profile: str | None = None
     validation: ValidationConfig | None = None
+    lora: LoraSection | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -268,6 +282,12 @@ class TrainConfig:
         used = self.schedule.warmup_steps + (self.schedule.decay_steps or 0)
         if used > self.steps:
             raise ConfigError(f"schedule: warmup_steps + decay_steps = {used} is more than steps = {self.steps}")
+        if self.lora is not None and (self.model.freeze or self.model.from_scratch):
+            which = "freeze" if self.model.freeze else "from_scratch"
+            raise ConfigError(
+                f"lora trains only adapters, on the weights of model.path, and model.{which} is set; expected it not to be "
+                "(lora.targets chooses what is adapted)"
+            )
         if self.checkpoint.best and self.validation is None:
             raise ConfigError("checkpoint.best is set, but nothing tells which is best; expected a validation section")
 

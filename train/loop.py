@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, make_mesh
+from qvlmoe_jax.adapters import adapt
 from qvlmoe_jax.checkpoint import left_out_router_bias, load_params, open_weights
 from qvlmoe_jax.errors import ConfigError
 from train import processes
@@ -33,10 +34,11 @@ from train.errors import TrainingError
 from train.evaluate import make_evaluate, validate
 from train.feed import Counts, Data, DataIterator, Fed, Feed, Interrupted, Shares, WholeBatches
 from train.flops import peak_tflops, step_flops
+from train.lora import Base, as_library, first_adapters, load_base
 from train.metrics import Metrics, memory_gib, router_load
 from train.optim import make_optimizer, schedule
 from train.router import bias_shape
-from train.run_files import EXPORT_DIR, HF_DIR, export, only_writer, save_config, side_directory, start_run
+from train.run_files import EXPORT_DIR, HF_DIR, export, export_adapted, only_writer, save_config, side_directory, start_run
 from train.state import TrainState, all_params, init_state
 from train.step import make_train_step
 
@@ -144,10 +146,14 @@ def open_mesh(config: TrainConfig) -> Mesh | None:
 
 
 def open_model(config: TrainConfig, mesh: Mesh | None) -> tuple[Qwen3VLMoeForConditionalGeneration, Callable[[], dict[str, Any]]]:
-    """The model's structure (abstract parameters) and what makes or reads its parameters."""
+    """The model's structure (abstract parameters) and what makes or reads its parameters: a LoRA run's are its adapters."""
     side = side_directory(config.model.path)
     model_config = Qwen3VLMoeConfig.from_json(side)
     abstract = Qwen3VLMoeForConditionalGeneration.abstract(model_config, backend=config.backend)
+
+    if config.lora is not None:
+        abstract = adapt(abstract, as_library(config.lora), dtype=jnp.dtype(config.model.compute_dtype))
+        return abstract, lambda: first_adapters(config, abstract, mesh)
 
     def params() -> dict[str, Any]:
         dtype = jnp.dtype(config.model.param_dtype)
@@ -200,6 +206,7 @@ def train(
         _open_run(config, stack)
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
+        base = None if config.lora is None else Base(config)
         model, make_params = open_model(config, mesh)
         tx = make_optimizer(config.optimizer)
         compute_dtype = jnp.dtype(config.model.compute_dtype)
@@ -213,7 +220,9 @@ def train(
             seed=config.seed,
             mesh=mesh,
         )
-        checkpoints = stack.enter_context(Checkpoints(config.run, config.checkpoint))
+        if base is not None:
+            state = dataclasses.replace(state, frozen=load_base(config, base.weights, mesh))
+        checkpoints = stack.enter_context(Checkpoints(config.run, config.checkpoint, adapters=base is not None))
         if validation is None and config.validation is not None:
             _open_validation(config, mesh).close()  # what is wrong with it is said now, not at the first validation
         restored = checkpoints.restore(state)
@@ -232,6 +241,8 @@ def train(
                 log.warning("resumed from the checkpoint of step %d", int(state.step))
         if processes.is_first():
             save_config(config)
+            if base is not None:
+                base.record()
         start = int(state.step)
         metrics = Metrics(config.run, config.metrics, plain(config), resume_step=start)
         stack.callback(metrics.close)
@@ -305,9 +316,13 @@ def train(
                     checkpoints.save(done, state, {"data": _streams(fed)}, scores)
         checkpoints.wait()
         if config.checkpoint.export:
+            run, dtype = Path(config.run), config.checkpoint.export_dtype
             if state.router_bias is not None and processes.is_first():
-                log.warning("%s", left_out_router_bias(Path(config.run) / EXPORT_DIR, jax.device_get(state.router_bias)))
-            export(Path(config.run) / EXPORT_DIR, Path(config.run), model, all_params(state), config.checkpoint.export_dtype)
+                log.warning("%s", left_out_router_bias(run / EXPORT_DIR, jax.device_get(state.router_bias)))
+            if base is None:
+                export(run / EXPORT_DIR, run, model.config, all_params(state), dtype)
+            elif processes.is_first():
+                export_adapted(run, dtype)
         return state
 
 

@@ -8,23 +8,27 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import yaml
 
-from qvlmoe_jax import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
-from qvlmoe_jax.checkpoint import TrainedWeights, is_training_checkpoint, load_params, open_weights, step_directory
+from qvlmoe_jax import Qwen3VLMoeConfig
+from qvlmoe_jax.adapter_run import open_adapted
+from qvlmoe_jax.checkpoint import TrainedWeights, Weights, is_training_checkpoint, open_weights, save_hf, step_directory
 from qvlmoe_jax.errors import CheckpointError, ConfigError
 from qvlmoe_jax.param_tree import flatten, nest
+from qvlmoe_jax.peft_format import save_adapter
 from qvlmoe_jax.whole_directory import REPLACED, whole_directory
 from train import processes
 from train.config import DistributedConfig, TrainConfig, dump_config
 from train.config_tree import changes, plain
 from train.errors import TrainingError
 
-CONFIG_FILE, HF_DIR, EXPORT_DIR = "config.yaml", "hf", "export"
+CONFIG_FILE, HF_DIR, EXPORT_DIR, ADAPTER_DIR = "config.yaml", "hf", "export", "adapter"
 EXPORTING, PARTIAL = ".exporting", ".partial"
 _SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
@@ -97,11 +101,12 @@ def start_run(config: TrainConfig) -> list[str]:
         shutil.rmtree(partial, ignore_errors=True)
         copy_side_files(side_directory(config.model.path), partial)
         partial.rename(run / HF_DIR)
-    shutil.rmtree(run / (EXPORT_DIR + EXPORTING), ignore_errors=True)
-    replaced, exported = run / (EXPORT_DIR + REPLACED), run / EXPORT_DIR
-    if replaced.exists() and not exported.exists():
-        replaced.rename(exported)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for name in (EXPORT_DIR, ADAPTER_DIR):
+        shutil.rmtree(run / (name + EXPORTING), ignore_errors=True)
+        replaced, exported = run / (name + REPLACED), run / name
+        if replaced.exists() and not exported.exists():
+            replaced.rename(exported)
+        shutil.rmtree(replaced, ignore_errors=True)
     return changed
 
 
@@ -118,9 +123,27 @@ def _of_any_processes(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, distributed=DistributedConfig())
 
 
-def export(
-    destination: Path, run: Path, model: Qwen3VLMoeForConditionalGeneration, params: Mapping[str, Any], dtype: str | None = None
-) -> None:
+@dataclass(frozen=True)
+class _Stored:
+    """A parameter that lies in a checkpoint: read where it is indexed."""
+
+    weights: Weights
+    path: str
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weights.shapes[self.path]
+
+    def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
+        slices = tuple(slice(i, i + 1) for i in index) + (slice(None),) * (len(self.shape) - len(index))
+        return self.weights.read(self.path, slices, self.dtype).reshape(self.shape[len(index) :])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[()]
+
+
+def export(destination: Path, run: Path, config: Qwen3VLMoeConfig, params: Mapping[str, Any], dtype: str | None = None) -> None:
     """Writes parameters in the hub's layout with the run's side files; the directory is replaced whole or not at all.
 
     A collective; process 0 writes.
@@ -128,13 +151,37 @@ def export(
     flat = flatten(params)
     cast = nest({path: leaf if dtype is None else jnp.asarray(leaf, dtype) for path, leaf in flat.items()})
     if not processes.is_first():
-        model.with_params(cast).save_pretrained(destination)
+        save_hf(destination, config, cast)
         return
     with whole_directory(destination, suffix=EXPORTING, overwrite=destination.exists()) as staging:
-        model.with_params(cast).save_pretrained(staging)
+        save_hf(staging, config, cast)
         for path in (run / HF_DIR).iterdir():
             if path.name != "config.json":  # written with the weights' dtype
                 shutil.copyfile(path, staging / path.name)
+
+
+def export_stored(destination: Path, run: Path, weights: Weights, dtype: str | None = None) -> None:
+    """The same for parameters that lie in a checkpoint, one tensor in memory at a time."""
+    dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.shapes, np.dtype(jnp.dtype(dtype)))
+    export(destination, run, weights.config, nest({path: _Stored(weights, path, dtypes[path]) for path in weights.shapes}))
+
+
+def export_adapted(run: Path, dtype: str | None = None) -> None:
+    """At the end of a LoRA run: the merged model in `RUN/export`, the adapters in PEFT's format in `RUN/adapter`."""
+    weights = open_adapted(run)
+    export_stored(run / EXPORT_DIR, run, weights, dtype)
+    with whole_directory(run / ADAPTER_DIR, suffix=EXPORTING, overwrite=(run / ADAPTER_DIR).exists()) as staging:
+        save_adapter(staging, weights.config, weights.adapters(), weights.lora, base=str(weights.base_path))
+
+
+def export_adapter(source: Path, destination: Path) -> None:
+    """The adapters of a LoRA RUN's newest step, or of `RUN/checkpoints/STEP`, in PEFT's format.
+
+    Raises:
+      CheckpointError: `source` is no LoRA run, or the destination is in use.
+    """
+    weights = open_adapted(source)
+    save_adapter(destination, weights.config, weights.adapters(), weights.lora, base=str(weights.base_path))
 
 
 def export_run(source: Path, destination: Path, dtype: str | None = None) -> None:
@@ -149,6 +196,4 @@ def export_run(source: Path, destination: Path, dtype: str | None = None) -> Non
         raise CheckpointError(f"{destination}: exists and is not empty, expected a new directory")
     weights = open_weights(source)
     assert isinstance(weights, TrainedWeights)
-    hf = weights.side_directory
-    model = Qwen3VLMoeForConditionalGeneration.abstract(Qwen3VLMoeConfig.from_json(hf))
-    export(destination, hf.parent, model, load_params(weights), dtype)
+    export_stored(destination, weights.side_directory.parent, weights, dtype)

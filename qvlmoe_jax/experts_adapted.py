@@ -1,0 +1,102 @@
+"""The experts with low-rank adapters: each product is a grouped one of its own, and the base's weights have no gradient.
+
+R rows, E experts, D hidden, F expert width, r rank, I and O any input and output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qvlmoe_jax.experts import for_each_tile, slice_rows, tile_rows, write_rows, zero_past
+from qvlmoe_jax.layers import einsum, swiglu
+
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def ragged_product(rows_RI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Each row times its own expert's matrix, `[R,O]`; rows that belong to nobody are not defined."""
+    precision = jax.lax.Precision.HIGHEST if rows_RI.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot(rows_RI, w_EIO, group_sizes_E, precision=precision)
+
+
+def _multiply(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, equation: str, width: int) -> jax.Array:
+    R = rows.shape[0]
+    tile = tile_rows(R, group_sizes.shape[0])
+    padded = jnp.pad(rows, ((0, tile), (0, 0)))
+
+    def on_tile(out: jax.Array, matrix: jax.Array, first: jax.Array, _: jax.Array) -> Any:
+        return write_rows(out, einsum(equation, slice_rows(padded, first, tile), matrix), first), matrix
+
+    out = jnp.zeros((R + tile, width), rows.dtype)
+    out = for_each_tile(group_sizes, tile, lambda _, expert: w[expert], lambda out, *_: out, on_tile, out)
+    return zero_past(out[:R], group_sizes)
+
+
+@jax.custom_vjp
+def tiled_product(rows_RI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """`ragged_product` as a loop over tiles (see `experts.tiled_experts`): the kernel of the CPU."""
+    return _multiply(rows_RI, w_EIO, group_sizes_E, "RI,IO->RO", w_EIO.shape[2])
+
+
+def _forward(*inputs: jax.Array) -> tuple[jax.Array, Any]:
+    return tiled_product(*inputs), inputs
+
+
+def _backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    """Two loops, one per gradient: that of a frozen weight is dead code, and goes."""
+    rows, w, group_sizes = residuals
+    tile = tile_rows(rows.shape[0], w.shape[0])
+    padded, d_padded = (jnp.pad(a, ((0, tile), (0, 0))) for a in (rows, d_out))
+
+    def on_tile(d_w: jax.Array, own_d_w: jax.Array, first: jax.Array, rows_left: jax.Array) -> Any:
+        own = (jnp.arange(tile) < rows_left)[:, None]  # not the next experts' rows
+        dy = jnp.where(own, slice_rows(d_padded, first, tile), 0)
+        return d_w, own_d_w + einsum("RI,RO->IO", slice_rows(padded, first, tile), dy).astype(jnp.float32)
+
+    def close_expert(d_w: jax.Array, own_d_w: jax.Array, expert: jax.Array) -> jax.Array:
+        return d_w.at[expert].set(own_d_w.astype(d_w.dtype))
+
+    def open_expert(*_: Any) -> jax.Array:
+        return jnp.zeros(w.shape[1:], jnp.float32)
+
+    d_w = for_each_tile(group_sizes, tile, open_expert, close_expert, on_tile, jnp.zeros_like(w))
+    return _multiply(d_out, w, group_sizes, "RO,IO->RI", w.shape[1]), d_w, None
+
+
+tiled_product.defvjp(_forward, _backward)
+
+PRODUCTS: dict[str, Product] = {"tiles": tiled_product, "ragged_dot": ragged_product}
+
+
+def adapted_experts(
+    product: Product,
+    rows_RD: jax.Array,
+    gate_up_ED2F: jax.Array,
+    down_EFD: jax.Array,
+    adapters: Mapping[str, jax.Array],
+    scale: float,
+    group_sizes_E: jax.Array,
+) -> jax.Array:
+    """`down(swiglu(gate_up(row)))` of each row by its own expert, each linear with its adapter if there is one.
+
+    Args:
+      adapters: `gate_up_proj_lora_A [E,D,r]`, `gate_up_proj_lora_B [E,r,2,F]`, `down_proj_lora_A [E,F,r]`,
+        `down_proj_lora_B [E,r,D]`, or one pair of them.
+    """
+    F = gate_up_ED2F.shape[-1]
+
+    def linear(rows: jax.Array, weight: jax.Array, name: str) -> jax.Array:
+        y = product(rows, weight, group_sizes_E)
+        if name + "_lora_A" not in adapters:
+            return y
+        low = product(rows, adapters[name + "_lora_A"], group_sizes_E)
+        b = adapters[name + "_lora_B"]
+        return y + product(scale * low, b.reshape(*b.shape[:2], -1), group_sizes_E)
+
+    hidden = linear(rows_RD, gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1), "gate_up_proj")
+    act = swiglu(hidden[:, :F], hidden[:, F:])
+    return zero_past(linear(act, down_EFD, "down_proj"), group_sizes_E)

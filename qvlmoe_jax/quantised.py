@@ -1,0 +1,48 @@
+"""A weight held in 8 or 4 bits inside a model, and expanded where it is used (see `quantise` for the numbers)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qvlmoe_jax.lora import Quantization
+from qvlmoe_jax.quantise import BLOCK, NF4, quantised_shapes
+
+
+class QuantisedWeight(nnx.Module):
+    """Stands where an `nnx.Param` stood: `weight[...]` is the expanded array. Frozen; what uses it must not keep it for the
+    backward pass, which would hold every layer's expanded weights (`jax.checkpoint` around the product).
+
+    Attributes:
+      codes, scales: as `quantise` makes them, with the stacking dims of the weight in front.
+      dtype: of the expanded weight.
+    """
+
+    def __init__(self, kind: Quantization, shape: tuple[int, ...], dims: tuple[int, int], dtype: DTypeLike):
+        """Abstract: `with_params` fills it."""
+        codes, scales = quantised_shapes(kind, shape, dims)
+        self.kind, self.num_outputs, self.dtype = kind, dims[1], jnp.dtype(dtype)
+        self.size = shape[len(shape) - dims[1] - 1]
+        self.codes = nnx.Param(jax.ShapeDtypeStruct(codes, jnp.int8 if kind == "int8" else jnp.uint8))
+        self.scales = nnx.Param(jax.ShapeDtypeStruct(scales, jnp.float32))
+
+    def __getitem__(self, _: Any) -> jax.Array:
+        codes, scales = self.codes[...], self.scales[...]
+        if self.kind == "int8":
+            return (codes.astype(jnp.float32) * scales).astype(self.dtype)
+        last = codes.ndim - self.num_outputs - 1
+        shape = [*codes.shape[:last], -1, *codes.shape[last + 1 :]]
+        numbers = jnp.stack([codes & 15, codes >> 4], axis=last + 1).reshape(shape)
+        # a chain of selects, which every compiler fuses; a gather from 16 numbers is slow on TPU
+        values = jnp.full(numbers.shape, NF4[0])
+        for number, value in enumerate(NF4[1:], 1):
+            values = jnp.where(numbers == number, value, values)
+        blocks = jnp.broadcast_to(
+            jnp.expand_dims(scales, last + 1), (*scales.shape[: last + 1], BLOCK, *scales.shape[last + 1 :])
+        )
+        values, blocks = (jax.lax.slice_in_dim(a, 0, self.size, axis=last) for a in (values, blocks.reshape(shape)))
+        return (values * blocks).astype(self.dtype)
