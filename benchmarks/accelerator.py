@@ -143,8 +143,8 @@ def report(rows: list[Row], layers: int, backend: BackendConfig) -> str:
     peak = peak_tflops(device.device_kind)
     known = f"{peak:.0f} TFLOP/s in bfloat16" if peak else "its peak is not known here, so no MFU"
     lines = [
-        f"{device.device_kind} ({known}), one device; jax {jax.__version__}, {layers} decoder layers of Qwen3-VL-30B-A3B's widths "
-        f"and its whole tower; {backend.resolve(device.platform)}.",
+        f"{device.device_kind} ({known}), one device; jax {jax.__version__}, {layers} decoder layers of "
+        f"Qwen3-VL-30B-A3B's widths and its whole tower; {backend.resolve(device.platform)}.",
         "",
         "| | ms (median) | least, most | rate | MFU | compile s |",
         "|---|---|---|---|---|---|",

@@ -12,7 +12,11 @@ from qvlmoe_jax import BackendConfig, Qwen3VLMoeForConditionalGeneration
 from tests import ours, reference, tiny
 from tests.hf_checkpoints import random_hf_tensors
 
-SETTINGS = {"grouped_mm + sdpa": ("grouped_mm", "sdpa"), "eager + sdpa": ("eager", "sdpa"), "grouped_mm + eager": ("grouped_mm", "eager")}
+SETTINGS = {
+    "grouped_mm + sdpa": ("grouped_mm", "sdpa"),
+    "eager + sdpa": ("eager", "sdpa"),
+    "grouped_mm + eager": ("grouped_mm", "eager"),
+}
 
 
 def quarter(layers: int, *, depth: int | None = None, experts: int = 128, vocab_size: int = 32768) -> dict[str, Any]:

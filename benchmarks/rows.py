@@ -103,23 +103,13 @@ def generation(sizes: Sizes) -> Iterator[Timed]:
         ("decode", 8, 128, 1.0),
     ):
         ids = random_ids(both.config, rows, prompt)
-        batch = Batch.from_hf(both.ours.config, input_ids=ids)
+        batch, torch_ids = Batch.from_hf(both.ours.config, input_ids=ids), torch.from_numpy(ids)
 
         def own(new: int, batch: Batch = batch) -> Any:
             return generate(both.ours, batch, max_new_tokens=new, eos_token_id=())
 
-        def other(setting: str, new: int, ids: torch.Tensor = torch.from_numpy(ids)) -> Call:
-            model = both.theirs(setting)
-            options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
-
-            def call() -> Any:
-                model.model.rope_deltas = None
-                return model.generate(ids, **options)
-
-            return call
-
-        def theirs(new: int, other: Any = other) -> dict[str, Call]:
-            return each_setting(lambda setting: other(setting, new))
+        def theirs(new: int, ids: torch.Tensor = torch_ids) -> dict[str, Call]:
+            return each_setting(functools.partial(_generate, both, ids, new))
 
         name = f"{kind} batch {rows}, prompt {prompt}"
         if kind == "prefill":
@@ -149,6 +139,18 @@ def generation(sizes: Sizes) -> Iterator[Timed]:
         )
 
 
+def _generate(both: Both, ids: torch.Tensor, new: int, setting: str) -> Call:
+    """transformers' `generate` under a setting, greedily."""
+    model = both.theirs(setting)
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
+
+    def call() -> Any:
+        model.model.rope_deltas = None
+        return model.generate(ids, **options)
+
+    return call
+
+
 class TorchTrainer:
     """A plain torch loop over transformers' model: forward, backward, clipping, AdamW."""
 
@@ -171,7 +173,7 @@ class OurTrainer:
     def __init__(self, both: Both):
         tx = make_optimizer(OPTIMIZER)
         rate = schedule(ScheduleConfig(name="constant"), OPTIMIZER.learning_rate, 1)
-        self.train_step = make_train_step(both.ours, tx, rate, loss=LossConfig(chunk_tokens=512), optimizer=OPTIMIZER)
+        self.train_step = make_train_step(both.ours, tx, rate, loss=LossConfig(), optimizer=OPTIMIZER)
         self.state = init_state(jax.tree.map(jnp.copy, both.ours.params()), tx)
 
     def step(self, batch: Batch) -> float:
@@ -183,21 +185,17 @@ class OurTrainer:
 def train(sizes: Sizes) -> Iterator[Timed]:
     """Forward, backward, clipping and AdamW on two rows of text, and on two rows with a picture each."""
     both = Both(quarter(sizes.layers))
-    own = OurTrainer(both)
+    setting = "grouped_mm + sdpa"  # a backward pass through eager experts takes over ten times as long
+    own, theirs = OurTrainer(both), TorchTrainer(both, setting)
     for kind, rows in {"2 x 512": [[cases.Text(512)]] * 2, "2 x 512 with pictures": PICTURES}.items():
         inputs = cases.build(both.config, rows)
         labels = cases.shifted_labels(inputs, both.config)
-        batch = jax.tree.map(
-            lambda a: jnp.asarray(a)[None], Batch.from_hf(both.ours.config, **inputs, labels=labels)
-        )
-        theirs = {}
-        for setting in ("grouped_mm + sdpa",):  # eager experts take ten times as long to train (docs/scaling.md's neighbours)
-            trainer = TorchTrainer(both, setting)
-            theirs[setting] = functools.partial(trainer.step, inputs | {"labels": labels})
+        batch = Batch.from_hf(both.ours.config, **inputs, labels=labels)
+        batch = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
         yield compare(
             f"train step, {kind}",
             functools.partial(own.step, batch),
-            theirs,
+            {setting: functools.partial(theirs.step, inputs | {"labels": labels})},
             pairs=sizes.pairs,
             limit=2 * sizes.limit,
             per=(int((inputs["attention_mask"] != 0).sum()), "tokens"),
@@ -258,8 +256,9 @@ def experts(sizes: Sizes) -> Iterator[Timed]:
     run = jax.jit(lambda block, x: block(x, jnp.ones(x.shape[:2], bool))[0])
     for tokens in (1, 64, 512, 2048):
         x = np.random.default_rng(0).normal(size=(1, tokens, 512)).astype(np.float32)
+        torch_x = torch.from_numpy(x)
 
-        def theirs(setting: str, x: torch.Tensor = torch.from_numpy(x)) -> Call:
+        def theirs(setting: str, x: torch.Tensor = torch_x) -> Call:
             return functools.partial(both.theirs(setting).model.language_model.layers[0].mlp, x)
 
         settings = each_setting(theirs)

@@ -95,9 +95,10 @@ def draw(timed: Sequence[Timed], curves: Sequence[growth.Curve], file: Path) -> 
     )
     bars = axes[0, 0]
     names, ratios = [row.name for row in timed], [row.ratio for row in timed]
-    spread = [[ratio - row.spread[0] for row, ratio in zip(timed, ratios, strict=True)], [row.spread[1] - row.ratio for row in timed]]
-    spread = [[max(0.0, value) for value in side] for side in spread]
-    bars.barh(names, ratios, xerr=spread, color=["#0b62a4" if ratio >= 1 else "#a83232" for ratio in ratios], ecolor="#999999")
+    below = [max(0.0, row.ratio - row.spread[0]) for row in timed]
+    above = [max(0.0, row.spread[1] - row.ratio) for row in timed]
+    colours = ["#0b62a4" if ratio >= 1 else "#a83232" for ratio in ratios]
+    bars.barh(names, ratios, xerr=[below, above], color=colours, ecolor="#999999")
     bars.axvline(1, color="black", linewidth=0.8)
     bars.invert_yaxis()
     bars.set_xlabel("times as fast as transformers")
@@ -115,7 +116,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--limit", type=float, default=15.0, help="seconds a row may take once it has three pairs")
-    parser.add_argument("--growth", action="store_true", help="also time both against tokens, pictures, experts, layers and batch")
+    parser.add_argument("--growth", action="store_true", help="also time both against tokens, pictures, experts, layers, batch")
     parser.add_argument("--torch-compile", action="store_true", help="also try torch.compile on the forward pass (minutes)")
     parser.add_argument("--one-core", action="store_true", help="one thread each, CPU seconds: for a machine that others use")
     parser.add_argument("--out", type=Path, default=HERE / "table", help="writes this name with .md, .json and .png")
@@ -128,29 +129,35 @@ def main() -> int:
         for row in ROWS[name](sizes):
             print(f"{row.name}: {row.ratio:.2f} of transformers' rate ({row.setting}), pairs {row.spread}", flush=True)
             timed.append(row)
+            write(args.out, timed, [], sizes)  # a run that is cut short leaves what it has
     curves = list(growth.curves(sizes)) if args.growth else []
-    where = machine.machine()
-    text = "\n".join(
-        [
-            "# Speed beside transformers",
-            "",
-            f"```sh\npython -m benchmarks.table {' '.join(sys.argv[1:])}".rstrip() + "\n```",
-            "",
-            f"{where['cpu']}, {where['cores']} cores, {where['clock']}, load {where['load']} at the end; "
-            + ", ".join(f"{name} {version}" for name, version in machine.versions().items())
-            + f". {args.layers} layers, float32, up to {args.pairs} pairs. A ratio above 1: ours is faster. What is measured: the "
-            "first lines of `benchmarks/table.py`, `rows.py` and `file_rows.py`.",
-            "",
-            as_markdown(timed),
-            "",
-            *([curves_as_markdown(curves)] if curves else []),
-        ]
-    )
-    args.out.with_suffix(".md").write_text(text.rstrip() + "\n", encoding="utf-8")
-    args.out.with_suffix(".json").write_text(json.dumps(as_json(timed, curves), indent=1) + "\n", encoding="utf-8")
-    draw(timed, curves, args.out.with_suffix(".png"))
-    print(text)
+    write(args.out, timed, curves, sizes)
+    print(args.out.with_suffix(".md").read_text(encoding="utf-8"))
     return 0
+
+
+def write(out: Path, timed: Sequence[Timed], curves: Sequence[growth.Curve], sizes: rows.Sizes) -> None:
+    """The three files."""
+    where = machine.machine()
+    lines = [
+        "# Speed beside transformers",
+        "",
+        "```sh",
+        f"python -m benchmarks.table {' '.join(sys.argv[1:])}".rstrip(),
+        "```",
+        "",
+        f"{where['cpu']}, {where['cores']} cores, {where['clock']}, load {where['load']} at the end; "
+        + ", ".join(f"{name} {version}" for name, version in machine.versions().items())
+        + f". {sizes.layers} layers, float32, up to {sizes.pairs} pairs. A ratio above 1: ours is faster. What is measured: the "
+        "first lines of `benchmarks/table.py`, `rows.py` and `file_rows.py`.",
+        "",
+        as_markdown(timed),
+        "",
+        *([curves_as_markdown(curves)] if curves else []),
+    ]
+    out.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps(as_json(timed, curves), indent=1) + "\n", encoding="utf-8")
+    draw(timed, curves, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exact attention over segments, for the text decoder (causal, grouped heads) and the vision tower (bidirectional): three kernels.
+"""Exact attention over segments, for the text decoder (causal, grouped heads) and the vision tower (bidirectional).
 
 B batch, T query length, S key length, N query heads, K kv heads, G = N/K, H head dim.
 """

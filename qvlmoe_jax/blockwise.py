@@ -37,7 +37,7 @@ def blockwise_attention(
     Returns:
       `[B,T,N,H]`, zero at padding. Scores, softmax and sums are float32.
     """
-    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     C = min(block, T)
     q_segments, kv_segments = _cut(q_segments, C), _cut(kv_segments, C)
     first = jnp.asarray(first, jnp.int32)
@@ -71,7 +71,7 @@ class _Where(NamedTuple):
 def _spans(q_segments: jax.Array, kv_segments: jax.Array, first: jax.Array, causal: bool) -> tuple[jax.Array, jax.Array]:
     """First and one past the last block of keys that share a segment with each block of queries, as far as the smallest and the
     largest segment of a block tell: exactly, where a row's segments stand in order, as ours do; else too many, never too few."""
-    (B, n, C), m = q_segments.shape, kv_segments.shape[1]
+    (n, C), m = q_segments.shape[1:], kv_segments.shape[1]
 
     def reach(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.min(jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max), axis=2), jnp.max(segments, axis=2)

@@ -47,7 +47,8 @@ def _rows_cover(rows: Any, spec: P, mesh: Any) -> bool:
 def placed_einsum(equation: str, x: jax.Array, w: jax.Array, place: str, product: Any) -> jax.Array:
     """`product(equation, x, w)` with the weight of the sharding table's path `place`.
 
-    Dim 0 of x is spread as batch rows are (of text, with a dim T, or of patches), a dim T as text columns, and a dim that the table splits over `tensor` likewise.
+    Dim 0 of x is spread as rows of text are where there is a dim T, else as rows of patches; a dim T as text columns, and a dim
+    that the table splits over `tensor` likewise.
     A weight longer than x has rows (a decoding step) is left to the partitioner: moving x is then cheaper than gathering w.
     """
     mesh = active_mesh()

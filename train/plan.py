@@ -212,8 +212,8 @@ class Candidate:
 
 
 def candidates(config: TrainConfig, topology: Topology, processes: int) -> list[Candidate]:
-    """Meshes (fsdp x expert, the other axes as configured), dispatch, remat and batch choices, quickest per token first by the formula
-    with the least wire bytes and slow ICI."""
+    """Meshes (fsdp x expert, the other axes as configured), dispatch, remat and batch choices, quickest per token first by the
+    formula with the least wire bytes and slow ICI."""
     model = model_config(config)
     sizes = plain(config.mesh)
     spread = sizes["fsdp"] * sizes["expert"]
