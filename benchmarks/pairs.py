@@ -75,10 +75,12 @@ def compare(
     Args:
       before: is called, untimed, before each timed call.
     """
+    before()
     first = seconds(ours)
     setting, other = fastest(theirs)
-    seconds(other)
-    seconds(ours)
+    for call in (other, ours):
+        before()
+        seconds(call)
     times: dict[Call, list[float]] = {ours: [], other: []}
     began = time.perf_counter()
     for i in range(pairs):

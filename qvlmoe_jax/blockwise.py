@@ -43,9 +43,10 @@ def blockwise_attention(
     first = jnp.asarray(first, jnp.int32)
     spans = _spans(q_segments, kv_segments, first, causal)
     # Heads before columns, so that a block is one product of [R,H] and [C,H] per kv head.
-    q = jnp.transpose(_cut(q_BTNH.reshape(B, T, K, N // K, H), C), (0, 1, 3, 4, 2, 5)).reshape(B, -1, K, N // K * C, H)
+    q = jnp.transpose(_cut(q_BTNH.reshape(B, T, K, N // K, H), C), (0, 1, 3, 4, 2, 5))
+    q = q.reshape(B, -1, K, N // K * C, H)
     k, v = (jnp.swapaxes(_cut(a, C), 2, 3) for a in (k_BSKH, v_BSKH))
-    out = _attend(q, k, v, _Where(q_segments, kv_segments, *spans, first), causal)
+    out: jax.Array = _attend(q, k, v, _Where(q_segments, kv_segments, *spans, first), causal)
     out = jnp.transpose(out.reshape(B, -1, K, N // K, C, H), (0, 1, 4, 2, 3, 5))
     return out.reshape(B, -1, N, H)[:, :T]
 
@@ -87,10 +88,10 @@ def _spans(q_segments: jax.Array, kv_segments: jax.Array, first: jax.Array, caus
 
 
 class _Block(NamedTuple):
-    """One block of queries: row of the batch and index in it, q `[K,R,H]`, segments `[C]`, its blocks of keys."""
+    """One block of queries: row of the batch and number in it, q `[K,R,H]`, segments `[C]`, its blocks of keys."""
 
     row: jax.Array
-    index: jax.Array
+    number: jax.Array
     q: jax.Array
     segments: jax.Array
     begin: jax.Array
@@ -117,7 +118,7 @@ def _scores(block: _Block, k_KCH: jax.Array, j: jax.Array, where: _Where, causal
     segments = _pick(where.kv_segments, block.row, j)
     seen = (block.segments[:, None] == segments) & (segments > 0)
     if causal:
-        rows = where.first + block.index * C + jnp.arange(C)
+        rows = where.first + block.number * C + jnp.arange(C)
         seen &= rows[:, None] >= j * C + jnp.arange(C)
     return scores.reshape(K, R // C, C, C), seen
 

@@ -178,7 +178,7 @@ class Qwen3VLMoeVisionModel(nnx.Module):
         tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
         (x, tapped), _ = jax.lax.scan(body, (x, tapped), (slots, self.blocks))
         tokens = self.merger(x)
-        if not taps:
+        if not taps or self.deepstack_merger_list is None:
             return tokens, jnp.zeros((0, *tokens.shape), tokens.dtype)
         order = np.argsort(self.config.deepstack_visual_indexes)
         mergers = self.deepstack_merger_list
