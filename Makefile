@@ -8,7 +8,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 OUT ?= demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint figure notebook clean
+.PHONY: help demo test test-slow soak lint bench figure notebook clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*  ## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ soak: $(VENV)/.installed-test  ## hundreds of cases; the log stays in docs/soak.
 lint: $(VENV)/.installed-test  ## ruff and pyright
 	$(RUN) -m ruff check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+
+bench: $(VENV)/.installed-test  ## every row of speed beside transformers: benchmarks/table.md, .json, .png; quiet machine, ten minutes
+	$(RUN) -m benchmarks.table --growth
 
 figure: $(VENV)/.installed-test  ## measure again and redraw the figure of the README
 	$(RUN) docs/plot_parity.py

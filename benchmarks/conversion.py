@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from benchmarks.true_widths import true_widths
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.hf import expand
 from qvlmoe_jax.shards import write_shards
@@ -32,61 +33,10 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 ROOT = Path(__file__).parents[1]
 
 
-def config_30b(layers: int) -> dict[str, Any]:
-    """The hub's Qwen3-VL-30B-A3B-Instruct, with fewer decoder layers."""
-    return {
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "model_type": "qwen3_vl_moe",
-        "tie_word_embeddings": False,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "text_config": {
-            "model_type": "qwen3_vl_moe_text",
-            "dtype": "bfloat16",
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-            "vocab_size": 151936,
-            "max_position_embeddings": 262144,
-            "rms_norm_eps": 1e-06,
-            "rope_theta": 5000000,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
-            "hidden_act": "silu",
-            "attention_bias": False,
-        },
-        "vision_config": {
-            "model_type": "qwen3_vl_moe",
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_heads": 16,
-            "in_channels": 3,
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "num_position_embeddings": 2304,
-            "out_hidden_size": 2048,
-            "deepstack_visual_indexes": [8, 16, 24],
-            "hidden_act": "gelu_pytorch_tanh",
-        },
-    }
-
-
 def write_source(directory: Path, layers: int) -> int:
     """A checkpoint of random bits. Returns its bytes."""
     directory.mkdir(parents=True)
-    config = config_30b(layers)
+    config = true_widths(layers)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     rows = {row.key: row for row in expand(Qwen3VLMoeConfig.from_hf(config))}
     rng = np.random.default_rng(0)

@@ -5,35 +5,16 @@ B batch, T query length, S key length, N query heads, K kv heads, G = N/K, H hea
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from qvlmoe_jax.backend import BackendConfig
+from qvlmoe_jax.blockwise import blockwise_attention
 from qvlmoe_jax.layers import einsum
 from qvlmoe_jax.splash import splash_attention
-
-
-def _attend(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_segments: jax.Array,
-    segments: jax.Array,
-    first: jax.Array,
-    causal: bool,
-) -> jax.Array:
-    """Softmax attention of one block of queries, the first of which is column `first`; scores and softmax in float32."""
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
-    )
-    scores = scores * q_BTKGH.shape[-1] ** -0.5
-    mask = q_segments[:, :, None] == segments[:, None, :]
-    if causal:
-        rows = first + jnp.arange(q_segments.shape[1])
-        mask &= rows[:, None] >= jnp.arange(segments.shape[1])
-    # Every query sees itself (padding is segment 0 and sees padding), so no row of the softmax is empty.
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    return einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype), v_BSKH)
+from qvlmoe_jax.spread import Spread
 
 
 def attention(
@@ -47,26 +28,36 @@ def attention(
     Returns:
       `[B,T,N,H]` in the inputs' dtype. Columns of padding hold finite values without meaning.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
+    T = q_BTNH.shape[1]
     if backend.attention == "splash":
         return splash_attention(q_BTNH, k_BTKH, v_BTKH, q_segments=segment_ids, kv_segments=segment_ids, causal=causal)
+    if backend.attention_kernel(T) == "dense":
+        return dense_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids, causal=causal)
+
+    spread = Spread.of(q_BTNH.shape, k_BTKH.shape, causal=causal)
+
+    def local(_: None, q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, kv_segments: jax.Array) -> Any:
+        first = jax.lax.axis_index("context") * q.shape[1] if spread and spread.q[1] else 0
+        return blockwise_attention(
+            q, k, v, q_segments=q_segments, kv_segments=kv_segments, causal=causal, block=backend.attention_chunk, first=first
+        )
+
+    arrays = q_BTNH, k_BTKH, v_BTKH, segment_ids, segment_ids
+    return local(None, *arrays) if spread is None else spread.run(local, None, None, *arrays)
+
+
+def dense_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, segment_ids: jax.Array, causal: bool
+) -> jax.Array:
+    """`attention` with all T x T scores at once; scores and softmax in float32."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
     q = q_BTNH.reshape(B, T, K, N // K, H)
-    chunk = backend.attention_chunk
-    if backend.attention_kernel(T) == "dense" or T <= chunk:
-        out = _attend(q, k_BTKH, v_BTKH, segment_ids, segment_ids, jnp.zeros((), jnp.int32), causal)
-        return out.reshape(B, T, N, H)
-
-    # Blocks of queries, one at a time; the backward pass recomputes a block's scores instead of keeping all T x S.
-    blocks = -(-T // chunk)
-    pad = blocks * chunk - T
-    q_blocks = jnp.moveaxis(jnp.pad(q, ((0, 0), (0, pad)) + ((0, 0),) * 3).reshape(B, blocks, chunk, K, N // K, H), 1, 0)
-    segment_blocks = jnp.moveaxis(jnp.pad(segment_ids, ((0, 0), (0, pad))).reshape(B, blocks, chunk), 1, 0)
-
-    @jax.checkpoint
-    def block(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q_block, q_segments, index = inputs
-        return _attend(q_block, k_BTKH, v_BTKH, q_segments, segment_ids, index * chunk, causal)
-
-    out = jax.lax.map(block, (q_blocks, segment_blocks, jnp.arange(blocks, dtype=jnp.int32)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, blocks * chunk, N, H)[:, :T]
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BTKH, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if causal:
+        mask &= jnp.tril(jnp.ones((T, T), bool))
+    # Every query sees itself (padding is segment 0 and sees padding), so no row of the softmax is empty.
+    scores = jnp.where(mask[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
+    out = einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype), v_BTKH)
+    return out.reshape(B, T, N, H)

@@ -25,10 +25,10 @@ class BackendConfig:
     """Kernel choices.
 
     Attributes:
-      attention: `dense` holds all T x S scores; `chunked` holds one block of queries' scores at a time, so memory grows
-        linearly with length; `splash` is the TPU's kernel, which skips masked blocks too; `auto` takes splash on TPU,
-        elsewhere chunked above `attention_chunk` positions, dense below.
-      attention_chunk: queries per block of the chunked kernel.
+      attention: `dense` holds all T x S scores; `chunked` holds one block of queries' and keys' scores at a time, so memory
+        grows linearly with length, and skips blocks that share no segment; `splash` is the TPU's kernel, which skips blocks
+        above the diagonal; `auto` takes splash on TPU, elsewhere chunked above `attention_chunk` positions, dense below.
+      attention_chunk: queries, and keys, per block of the chunked kernel.
       experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
         5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.
       dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis, `all_to_all` sends
@@ -41,7 +41,7 @@ class BackendConfig:
     """
 
     attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
-    attention_chunk: int = 512
+    attention_chunk: int = 128
     experts: Literal["auto", "tiles", "ragged_dot"] = "auto"
     dispatch: Literal["allgather", "all_to_all"] = "allgather"
     remat: Literal["none", "full", "dots"] = "none"
@@ -54,7 +54,7 @@ class BackendConfig:
             if value not in choices:
                 raise ConfigError(f"BackendConfig.{name} = {value!r} is not supported, expected one of {', '.join(choices)}")
         if self.attention_chunk < 1:
-            raise ConfigError(f"BackendConfig.attention_chunk = {self.attention_chunk}, expected a positive number of queries")
+            raise ConfigError(f"BackendConfig.attention_chunk = {self.attention_chunk}, expected a positive number of columns")
 
     def resolve(self, platform: str) -> BackendConfig:
         """The same choices with `auto` settled for `platform` (`cpu`, `gpu`, `tpu`), and logged.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qvlmoe_jax.sharding import BATCH, FSDP, active_mesh, axes_of, fit, partition_spec
+from qvlmoe_jax.sharding import BATCH, FSDP, PICTURES, active_mesh, axes_of, fit, partition_spec
 
 
 def fsdp_axes(entry: Any) -> tuple[str, ...]:
@@ -42,7 +42,8 @@ def _rows_cover(rows: Any, spec: P, mesh: Any) -> bool:
 def placed_einsum(equation: str, x: jax.Array, w: jax.Array, place: str, product: Any) -> jax.Array:
     """`product(equation, x, w)` with the weight of the sharding table's path `place`.
 
-    Dim 0 of x is spread as batch rows are, a dim T as text columns, and a dim that the table splits over `tensor` likewise.
+    Dim 0 of x is spread as rows of text are where there is a dim T, else as rows of patches; a dim T as text columns, and a dim
+    that the table splits over `tensor` likewise.
     A weight longer than x has rows (a decoding step) is left to the partitioner: moving x is then cheaper than gathering w.
     """
     mesh = active_mesh()
@@ -56,7 +57,7 @@ def placed_einsum(equation: str, x: jax.Array, w: jax.Array, place: str, product
         equation = f"{x_letters},{w_letters}->{output}"
     w_spec = partition_spec(place, w.shape, mesh)
     tensor = {letter: "tensor" for letter, entry in zip(w_letters, w_spec, strict=True) if "tensor" in axes_of(entry)}
-    split = {x_letters[0]: BATCH, "T": "context", **tensor}
+    split = {x_letters[0]: BATCH if "T" in x_letters else PICTURES, "T": "context", **tensor}
     x_spec = fit([split.get(letter) for letter in x_letters], x.shape, mesh)
     if not _rows_cover(x_spec[0], w_spec, mesh):
         return product(equation, x, w)
@@ -83,7 +84,7 @@ def placed_lookup(table_VD: jax.Array, ids_BT: jax.Array, place: str) -> jax.Arr
     if mesh is None or ids_BT.ndim < 2:
         return plain(table_VD, ids_BT)
     spec = partition_spec(place, table_VD.shape, mesh)
-    ids_spec = fit((BATCH, "context") if place.startswith("embed") else (BATCH, None), ids_BT.shape[:2], mesh)
+    ids_spec = fit((BATCH, "context") if place.startswith("embed") else (PICTURES, None), ids_BT.shape[:2], mesh)
     # Gathering the table costs its V rows; a lookup of fewer ids (a decoding step) is cheaper as the partitioner does it.
     if not _rows_cover(ids_spec[0], spec, mesh) or math.prod(ids_BT.shape[:2]) < table_VD.shape[0] // 8:
         return plain(table_VD, ids_BT)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
 TILE = 256
 """Edge of a tile: 256 x 256 two-byte numbers are 128 KiB, which a core's second-level cache holds."""
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """`np.empty` that begins at a multiple of 64 bytes: such an array jax on a CPU takes as it is, any other it copies."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:

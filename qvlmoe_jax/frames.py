@@ -89,15 +89,22 @@ def split_frames(pixel_values: np.ndarray, grid_thw: np.ndarray, config: Qwen3VL
 
 
 def place_frames(sizes: list[int], row_patches: int) -> tuple[list[tuple[int, int]], int]:
-    """First-fit decreasing: `(row, first patch)` of each frame and the rows used; a frame never crosses a row."""
+    """First-fit decreasing: `(row, first patch)` of each frame and the rows used; a frame never crosses a row.
+
+    Within a row frames keep their order: attention skips blocks by the smallest and largest frame number they hold.
+    """
     free: list[int] = []
-    places: list[tuple[int, int]] = [(0, 0)] * len(sizes)
+    row_of = [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((r for r, left in enumerate(free) if left >= sizes[i]), len(free))
-        if row == len(free):
+        row_of[i] = next((r for r, left in enumerate(free) if left >= sizes[i]), len(free))
+        if row_of[i] == len(free):
             free.append(row_patches)
-        places[i] = (row, row_patches - free[row])
-        free[row] -= sizes[i]
+        free[row_of[i]] -= sizes[i]
+    ends = [0] * len(free)
+    places = []
+    for row, size in zip(row_of, sizes, strict=True):
+        places.append((row, ends[row]))
+        ends[row] += size
     return places, len(free)
 
 

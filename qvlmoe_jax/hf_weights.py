@@ -8,7 +8,7 @@ import numpy as np
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.fast_copy import copy_into
+from qvlmoe_jax.fast_copy import aligned_empty, copy_into
 from qvlmoe_jax.fp8 import FP8, dequantise
 from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, Row, param_shapes, rows_by_path
 from qvlmoe_jax.hf_match import match
@@ -90,7 +90,7 @@ class HFWeights:
             whole = [stop - start for start, stop in bounds]
             if not copy and source.dtype == dtype and source.size == np.prod(whole, dtype=np.int64):
                 return source.reshape(whole)
-            out = np.empty(whole, dtype) if out is None else out
+            out = aligned_empty(whole, np.dtype(dtype)) if out is None else out
             copy_into(out[place], source)
         return np.empty([stop - start for start, stop in bounds], dtype) if out is None else out
 

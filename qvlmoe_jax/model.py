@@ -22,7 +22,7 @@ from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.generation_config import GenerationConfig
 from qvlmoe_jax.layers import Embed, Linear, einsum, truncated_normal
 from qvlmoe_jax.moe import RouterStats
-from qvlmoe_jax.sharding import BATCH, constrain, tree_shardings
+from qvlmoe_jax.sharding import BATCH, PICTURES, constrain, tree_shardings
 from qvlmoe_jax.text import Qwen3VLMoeTextModel, TextOutput
 from qvlmoe_jax.vision import Qwen3VLMoeVisionModel
 
@@ -92,7 +92,7 @@ class Qwen3VLMoeModel(nnx.Module):
         dtype = self.language_model.embed_tokens.weight.dtype
 
         def rows(a: Any) -> jax.Array:
-            return constrain(jnp.asarray(a).reshape(G * R, *a.shape[2:]), BATCH, *([None] * (a.ndim - 2)))
+            return constrain(jnp.asarray(a).reshape(G * R, *a.shape[2:]), PICTURES, *([None] * (a.ndim - 2)))
 
         inputs = [batch.pixel_values, batch.patch_segment_ids, batch.patch_coords, batch.pos_index, batch.pos_weight]
         D = vision.out_hidden_size

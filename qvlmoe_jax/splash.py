@@ -6,7 +6,6 @@ B batch, T query length, S key length, N query heads, K kv heads, H head dim.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qvlmoe_jax.sharding import BATCH, active_mesh, fit
+from qvlmoe_jax.sharding import active_mesh
+from qvlmoe_jax.spread import Spread, context_shards
 
 _LANES = 128  # the kernel's head dim and block sizes are multiples of the vector registers' width
 _BLOCK = 512
@@ -74,8 +74,7 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
     (_, T, N, H), dtype = q_BTNH.shape, q_BTNH.dtype
-    mesh = active_mesh()
-    shards = 1 if mesh is None or not causal or T % dict(mesh.shape)["context"] else dict(mesh.shape)["context"]
+    shards = context_shards(causal=causal)
     # The kernel has no scale: it goes into q, in float32, rounded once.
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(dtype)
     q, k, v = (_padded(a, 3, _LANES) for a in (q_BTNH, k_BSKH, v_BSKH))
@@ -87,35 +86,12 @@ def splash_attention(
         out = jax.vmap(lambda q, k, v, a, b: splash(q, k, v, segment_ids=kernel.SegmentIds(a, b)))(q, k, v, q_seg, kv_seg)
         return jnp.swapaxes(out, 1, 2)
 
-    if mesh is None:
-        splash = _kernel(N, q.shape[1], k.shape[1], causal=causal, shards=1, interpret=interpret)
+    spread, mesh = Spread.of(q.shape, k.shape, causal=causal), active_mesh()
+    heads = N if spread is None else spread.heads
+    splash = _kernel(heads, q.shape[1], k.shape[1], causal=causal, shards=shards, interpret=interpret)
+    if spread is None or mesh is None:
         out = local(splash, q, k, v, q_segments, kv_segments)
     else:
-        length = "context" if shards > 1 else None
-        q_spec, kv_spec = (fit((BATCH, length, "tensor", None), a.shape, mesh) for a in (q, k))
-        heads = N // (dict(mesh.shape)["tensor"] if q_spec[2] else 1)
-        splash = _kernel(heads, q.shape[1], k.shape[1], causal=causal, shards=shards, interpret=interpret)
-        kernel_spec = splash.manual_sharding_spec(NamedSharding(mesh, P(None, length)))
-        body = functools.partial(_own_kv_heads, local, heads=heads, N=N) if q_spec[2] != kv_spec[2] else local
-        body = functools.partial(_whole_keys, body) if length else body
-        out = jax.shard_map(
-            body,
-            in_specs=(kernel_spec, q_spec, kv_spec, kv_spec, P(*q_spec[:2]), P(kv_spec[0], None)),
-            out_specs=q_spec,
-            check_vma=False,
-        )(splash, q, k, v, q_segments, kv_segments)
+        kernel_spec = splash.manual_sharding_spec(NamedSharding(mesh, P(None, spread.q[1])))
+        out = spread.run(local, splash, kernel_spec, q, k, v, q_segments, kv_segments)
     return out[:, :T, :, :H]
-
-
-def _own_kv_heads(
-    local: Any, splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array, heads: int, N: int
-) -> Any:
-    """`local` where query heads are spread over `tensor` and kv heads are not: each query head takes its kv head's copy."""
-    own = (jax.lax.axis_index("tensor") * heads + jnp.arange(heads)) // (N // k.shape[2])
-    return local(splash, q, jnp.take(k, own, axis=2), jnp.take(v, own, axis=2), *segments)
-
-
-def _whole_keys(local: Any, splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
-    """`local` with keys and values gathered here, so that their gradients are reduce-scattered."""
-    k, v = (jax.lax.all_gather(a, "context", axis=1, tiled=True) for a in (k, v))
-    return local(splash, q, k, v, *segments)

@@ -51,9 +51,8 @@ class Qwen3VLMoeTextAttention(nnx.Module):
         q = rotate(self.q_norm(self.q_proj(x_BTD)), *rotary)
         k = rotate(self.k_norm(self.k_proj(x_BTD)), *rotary)
         v = self.v_proj(x_BTD)
-        # Under context parallelism queries stay where they are; keys and values are gathered, by splash itself or here.
-        q = constrain(q, BATCH, "context", "tensor", None)
-        k, v = (constrain(a, BATCH, "context" if self.backend.attention == "splash" else None, "tensor", None) for a in (k, v))
+        # Under context parallelism queries stay where they are; the kernel gathers keys and values.
+        q, k, v = (constrain(a, BATCH, "context", "tensor", None) for a in (q, k, v))
         return q, k, v
 
     def __call__(self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> jax.Array:

@@ -6,8 +6,11 @@ token, M = R*P/U merged tokens, K DeepStack taps. Patches arrive merge-block-maj
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -142,10 +145,6 @@ class Qwen3VLMoeVisionModel(nnx.Module):
             else None
         )
 
-    def deepstack_merger(self, index: int) -> Qwen3VLMoeVisionPatchMerger:
-        """The merger of the tap at this place of `deepstack_visual_indexes`."""
-        return jax.tree.map(lambda p: p[index], self.deepstack_merger_list)
-
     def embed(self, pixel_values: jax.Array, pos_index: jax.Array, pos_weight: jax.Array) -> jax.Array:
         """Patch embeddings plus the learned table, interpolated by 4 taps: weights and sum in float32, then one cast."""
         x = self.patch_embed(pixel_values)
@@ -164,21 +163,26 @@ class Qwen3VLMoeVisionModel(nnx.Module):
         """
         x = self.embed(pixel_values, pos_index, pos_weight)
         rotary = vision_rotary(coords, head_dim=self.config.head_dim, theta=self.config.rope_theta)
-        taps = self.config.deepstack_visual_indexes
+        taps = sorted(self.config.deepstack_visual_indexes)
+        run = rematerialised(lambda x, block: block(x, rotary, segment_ids), self.backend)
 
-        def body(x: jax.Array, block: Qwen3VLMoeVisionBlock) -> tuple[jax.Array, None]:
-            return block(x, rotary, segment_ids), None
+        # ONE scan, so one body to compile. Every block writes its output over its predecessor's, in the slot of the next tap: a
+        # tap's output is the last in its slot. (Collecting every block's output to pick K would cost depth/K times the memory.)
+        def body(state: tuple[jax.Array, jax.Array], step: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+            x, tapped = state
+            slot, block = step
+            x = run(x, block)
+            return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)), None
 
-        body = rematerialised(body, self.backend)
-
-        def run(x: jax.Array, start: int, end: int) -> jax.Array:
-            return jax.lax.scan(body, x, jax.tree.map(lambda p: p[start:end], self.blocks))[0] if start < end else x
-
-        # The scan is cut at the taps: collecting every block's output to pick K of them would cost depth/K times the memory.
-        features, start = [], 0
-        for tap in sorted(taps):
-            x, start = run(x, start, tap + 1), tap + 1
-            features.append(self.deepstack_merger(taps.index(tap))(x))
-        tokens = self.merger(run(x, start, self.config.depth))
-        deepstack = jnp.stack(features) if features else jnp.zeros((0, *tokens.shape), tokens.dtype)
+        slots = np.searchsorted(taps, np.arange(self.config.depth)).astype(np.int32)
+        tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
+        (x, tapped), _ = jax.lax.scan(body, (x, tapped), (slots, self.blocks))
+        tokens = self.merger(x)
+        if not taps or self.deepstack_merger_list is None:
+            return tokens, jnp.zeros((0, *tokens.shape), tokens.dtype)
+        order = np.argsort(self.config.deepstack_visual_indexes)
+        mergers = self.deepstack_merger_list
+        if (np.diff(order) < 0).any():  # the list names its taps out of order; merger i belongs to the list's entry i
+            mergers = jax.tree.map(lambda p: p[order], mergers)
+        _, deepstack = jax.lax.scan(lambda _, tap: (None, tap[0](tap[1])), None, (mergers, tapped[:-1]))
         return tokens, deepstack

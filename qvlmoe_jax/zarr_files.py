@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.fast_copy import copy_into
+from qvlmoe_jax.fast_copy import aligned_empty, copy_into
 from qvlmoe_jax.file_copy import MappedFile
 from qvlmoe_jax.local_files import read_json
 
@@ -119,7 +119,7 @@ class ZarrFiles:
                 view = self._view(cell, inside)
                 if view is not None:
                     return view[keep]
-            out = np.empty(want, self.dtype) if out is None else out
+            out = aligned_empty(want, self.dtype) if out is None else out
             self._copy(cell, inside, out[tuple(slice(*bound) for bound in target)])
         assert out is not None
         return out[keep]

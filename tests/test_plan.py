@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,13 @@ def compiled(config: TrainConfig) -> tuple[aot.Program, list[hlo.Collective], li
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"fsdp": 4, "expert": 2}, pytest.param({"fsdp": 8}, marks=pytest.mark.slow)], ids=["fsdp expert", "fsdp"]
+    "mesh",
+    [
+        {"fsdp": 4, "expert": 2},
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "expert": 2, "context": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["fsdp expert", "fsdp", "context"],
 )
 def test_the_compiled_step_sends_little_more_than_the_least(tmp_path: Path, mesh: dict[str, int]) -> None:
     config = step_config(tmp_path, mesh)
@@ -177,21 +184,27 @@ def test_published_runs_stand_beside_the_formula() -> None:
     assert roofline.gaps("v5e") == (min(roofline.calibrate(r).gap for r in roofline.RUNS), pytest.approx(0.537 / 0.75))
 
 
+SHIPPED = re.compile(r"(\w+b)(-128k)?-(v\w+)-([\dx-]+)")
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-v*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_their_topology(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
-    _, kind, sides = path.stem.split("-", 2)  # 30b-v6e-8x8
+    found = SHIPPED.fullmatch(path.stem)  # 30b-v6e-8x8, 30b-128k-v5p-4x4x8
+    assert found, path
+    size, long, kind, sides = found.groups()
     where = topology.Topology.parse(f"{kind}:{sides.replace('-', 'x')}")
     config = load_config(path)
     plan.check(config, where)
     model = Qwen3VLMoeConfig.from_json(config.model.path)
     assert (model.text_config.hidden_size, model.text_config.num_hidden_layers) == {"30b": (2048, 48), "235b": (4096, 94)}[
-        path.stem.split("-")[0]
+        size
     ]
     assert config.model.param_dtype == "float32" and config.optimizer.moment_dtype in (None, "float32")
     todo = work.work(config, model, where.devices, 0.0)
     tokens = work.full_counts(config).tokens
-    per_token = {"30b": 23.1e9, "235b": 148.3e9}[path.stem.split("-")[0]]  # text alone; the tower adds some
+    # text alone, the tower adds some; at 131,072 tokens attention is six sevenths
+    per_token = 168e9 if long else {"30b": 23.1e9, "235b": 148.3e9}[size]
     assert per_token < todo.model_flops * where.devices / tokens < 1.25 * per_token
 
 
@@ -250,6 +263,22 @@ def test_candidates_are_ranked_by_the_formula() -> None:
     assert {c.config.mesh.expert for c in ranked} == {1, 2, 4, 8, 16, 32, 64}
     assert {c.config.mesh.expert * c.config.mesh.fsdp for c in ranked} == {64}
     assert {c.config.backend.remat for c in ranked} == {"full", "dots"}
+    assert {c.config.backend.dispatch for c in ranked} == {"allgather", "all_to_all"}
+    # A device keeps what it sends to itself; all-to-all sends k rows a token, all-gather the token to each other device.
+    sent = {c.config.backend.dispatch: c for c in ranked if c.config.mesh.expert == 32 and "batch_rows=4" in c.name}
+    sent = {name: sum(t.bytes for t in wire.least(c.config, aot.model_config(c.config), 16)) for name, c in sent.items()}
+    assert sent["all_to_all"] < sent["allgather"]
+
+
+def test_shards_of_context_wait_for_the_last_one() -> None:
+    """Causal pairs of consecutive columns: the last of c shards has (2c - 1) / c times the average."""
+    config = load_config(CONFIGS / "30b-v6e-8x8.yaml", ["--model.path", str(CONFIGS / "qwen3-vl-30b-a3b")])
+    model = aot.model_config(config)
+    split = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, context=4))
+    together, apart = (work.work(c, model, 16, 64, 0.0).executed_flops for c in (config, split))
+    text, pairs = model.text_config, work.full_counts(config, 16).token_pairs / 64
+    attention = 4 * pairs * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    assert apart - together == pytest.approx(4 * attention * 3 / 4)  # forward, again, and twice for the backward
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -210,26 +211,26 @@ class Candidate:
 
 
 def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
-    """Meshes (fsdp x expert, the other axes as configured), remat and batch choices, quickest per token first by the formula
-    with the least wire bytes and slow ICI."""
+    """Meshes (fsdp x expert, the other axes as configured), dispatch, remat and batch choices, quickest per token first by the
+    formula with the least wire bytes and slow ICI."""
     model = model_config(config)
     sizes = plain(config.mesh)
     spread = sizes["fsdp"] * sizes["expert"]
     experts = max(1, model.text_config.num_experts)
     found = []
     for expert in (n for n in (1, 2, 4, 8, 16, 32, 64) if spread % n == 0 and experts % n == 0):
-        for remat in ("full", "dots"):
-            for times in (1, 2, 4):
-                tried = dataclasses.replace(
-                    config,
-                    mesh=dataclasses.replace(config.mesh, expert=expert, fsdp=spread // expert),
-                    backend=dataclasses.replace(config.backend, remat=remat),
-                    data=dataclasses.replace(config.data, batch_rows=config.data.batch_rows * times),
-                )
-                wire = sum(term.bytes for term in least(tried, model))
-                e = estimate(work(tried, model, topology.devices, wire), topology)
-                seconds = max(e.compute, e.hbm, e.ici_slow)
-                found.append(Candidate(tried, seconds / full_counts(tried).tokens))
+        dispatches = ("allgather", "all_to_all") if expert > 1 else ("allgather",)
+        for dispatch, remat, times in itertools.product(dispatches, ("full", "dots"), (1, 2, 4)):
+            tried = dataclasses.replace(
+                config,
+                mesh=dataclasses.replace(config.mesh, expert=expert, fsdp=spread // expert),
+                backend=dataclasses.replace(config.backend, dispatch=dispatch, remat=remat),
+                data=dataclasses.replace(config.data, batch_rows=config.data.batch_rows * times),
+            )
+            wire = sum(term.bytes for term in least(tried, model))
+            e = estimate(work(tried, model, topology.devices, wire), topology)
+            seconds = max(e.compute, e.hbm, e.ici_slow)
+            found.append(Candidate(tried, seconds / full_counts(tried).tokens))
     return sorted(found, key=lambda candidate: candidate.per_token)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from qvlmoe_jax import Qwen3VLMoeConfig, hf
 from qvlmoe_jax.collectives import axes_of, fsdp_axes
 from qvlmoe_jax.param_tree import flatten, nest
-from qvlmoe_jax.sharding import BATCH, fit, partition_spec
+from qvlmoe_jax.sharding import BATCH, PICTURES, fit, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.optim import split_frozen
@@ -100,11 +100,23 @@ def _tokens(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tup
     kinds = text.layer_kinds()
     e, c, t = sizes["expert"], sizes["context"], sizes["tensor"]
     heads = text.num_key_value_heads / (t if text.num_key_value_heads % t == 0 else 1)
+    moe, k = kinds.count("moe"), text.num_experts_per_tok
+    if config.backend.dispatch == "all_to_all":  # rows out and back, forward and backward; recomputing repeats both; even routing
+        to_experts = moe * (6 if again else 4) * k * activations * (e - 1) / e
+    else:  # forward: tokens gathered, results scattered; backward the same reversed; recomputing gathers the tokens once more
+        to_experts = moe * (5 if again else 4) * activations * (e - 1)
     keys = config.data.accumulation * local * heads * text.head_dim * 2 * width
+    # rows of patches are spread over context too; their tokens, and what DeepStack takes, go to where the text is
+    groups, vision = data.vision_groups * processes, model.vision_config
+    (picture_rows,) = fit((PICTURES,), (groups * data.vision_rows,), mesh)
+    spread = "context" in axes_of(picture_rows)
+    merged = groups * data.vision_rows * data.row_patches // vision.merge_unit / math.prod(sizes[a] for a in BATCH)
+    levels = 1 + len(vision.deepstack_visual_indexes)
+    seen = config.data.accumulation * spread * merged * levels * vision.out_hidden_size * width
     return [
-        # forward: tokens gathered, results scattered; backward the same reversed; recomputing gathers the tokens once more
-        (("tokens to experts", ("expert",)), kinds.count("moe") * (5 if again else 4) * activations * (e - 1)),
+        (("tokens to experts", ("expert",)), to_experts),
         (("keys and values", ("context",)), len(kinds) * (3 if again else 2) * keys * (c - 1)),
+        (("visual tokens", ("context",)), 2 * seen * (c - 1) / c),
         # two sums forward, two backward; recomputing repeats the first, the second's result is not needed again
         (("partial sums", ("tensor",)), len(kinds) * (5 if again else 4) * 2 * activations * (t - 1) / t),
     ]

@@ -51,7 +51,12 @@ def work(config: TrainConfig, model: Qwen3VLMoeConfig, devices: int, wire_bytes:
         "full": forward["text"] + forward["vision"],
         "dots": experts * text.layer_kinds().count("moe"),  # ragged products are no dots: they are recomputed
     }[config.backend.remat] + forward["head"]  # the loss recomputes its logits
-    return Work(needed / devices, (needed + again) / devices, hbm_bytes(config, model, counts, devices), wire_bytes)
+    # Shards of `context` are consecutive columns: the last sees (2 - 1/c) times the average of a document's causal pairs, and
+    # the others wait for it.
+    passes = {"none": 3, "dots": 4, "full": 4}[config.backend.remat]
+    pairs = 4.0 * counts.token_pairs * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    waiting = passes * pairs * (1 - 1 / plain(config.mesh)["context"])
+    return Work(needed / devices, (needed + again + waiting) / devices, hbm_bytes(config, model, counts, devices), wire_bytes)
 
 
 def hbm_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, counts: Counts, devices: int) -> float:
