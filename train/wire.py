@@ -107,7 +107,7 @@ def _tokens(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tup
         to_experts = moe * (5 if again else 4) * activations * (e - 1)
     keys = config.data.accumulation * local * heads * text.head_dim * 2 * width
     # rows of patches are spread over context too; their tokens, and what DeepStack takes, go to where the text is
-    groups, vision = data.vision_groups * processes, model.vision_config
+    groups, vision = data.num_groups(config.mesh.batch_shards), model.vision_config
     (picture_rows,) = fit((PICTURES,), (groups * data.vision_rows,), mesh)
     spread = "context" in axes_of(picture_rows)
     merged = groups * data.vision_rows * data.row_patches // vision.merge_unit / math.prod(sizes[a] for a in BATCH)
