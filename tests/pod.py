@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from tests import data_cases, tiny
+from tests.xla_flags import SHARED_CORES
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 400.0
@@ -121,8 +122,7 @@ def environment(devices: int, cache: Path) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        # as in tests/conftest.py: many devices share few cores
-        "XLA_FLAGS": "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 --xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "XLA_FLAGS": SHARED_CORES,
         "NPROC": "64",
     }
 

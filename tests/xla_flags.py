@@ -4,12 +4,12 @@ ONE_DEVICE = "--xla_cpu_multi_thread_eigen=false"
 """XLA:CPU's matrix products, spread over its thread pool, at times never end: every thread waits for another, with one device or
 with eight (jaxlib 0.10.2; twice in some hundred runs that had just compiled their programs). On one thread each they end."""
 
-EIGHT_DEVICES = " ".join(
+SHARED_CORES = " ".join(
     [
         ONE_DEVICE,
-        "--xla_force_host_platform_device_count=8",
-        # eight devices share the machine's cores: one that waits 40 seconds for the others is not yet a deadlock to abort on
+        # devices share the machine's cores: one that waits 40 seconds for the others is not yet a deadlock to abort on
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
 )
+EIGHT_DEVICES = f"{SHARED_CORES} --xla_force_host_platform_device_count=8"
