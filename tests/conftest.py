@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
+        # jax numbers all collectives of a shard_map alike: where XLA runs two at once, devices mix them up
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         # eight devices share the machine's cores: one that waits 40 seconds for the others is not yet a deadlock to abort on
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",

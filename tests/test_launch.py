@@ -30,7 +30,7 @@ def _object(required: list[str] = (), **properties: Any) -> dict[str, Any]:  # t
 
 
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
-# jobset.x-k8s.io/v1alpha2, the fields of JobSetSpec (JobSet v0.8); what is inside `template` is batch/v1 and checked by its schema.
+# jobset.x-k8s.io/v1alpha2, fields of JobSetSpec (JobSet v0.8); what is inside `template` is batch/v1 and checked by its schema.
 JOBSET = _object(
     ["apiVersion", "kind", "metadata", "spec"],
     apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
@@ -144,7 +144,8 @@ def test_a_jobset_has_the_devices_of_its_mesh(path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_clean(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True, timeout=60)
-    found = subprocess.run([Path(sys.executable).parent / "shellcheck", "--shell=bash", path], capture_output=True, text=True, timeout=60)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    found = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stdout
 
 
