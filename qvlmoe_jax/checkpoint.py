@@ -233,7 +233,7 @@ def load_tree(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_shards(
-    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """One array on this process's devices: each shard is read once, whichever devices hold it, and leaves the host at once.
 

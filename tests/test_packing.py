@@ -104,7 +104,7 @@ def pieces(batch: Batch, settings: DataConfig) -> dict[str, dict[str, np.ndarray
     for a in range(A):
         jax.tree.map(lambda leaf: leaf[a], batch).check()  # noqa: B023 - called at once
         for b in range(B):
-            g = b * settings.vision_groups // B
+            g = b * settings.num_groups(1) // B
             segments = batch.segment_ids[a, b]
             assert set(segments[segments > 0]) == set(range(1, segments.max() + 1))
             for segment in range(1, segments.max() + 1):

@@ -265,8 +265,8 @@ def test_candidates_are_ranked_by_the_formula() -> None:
     assert {c.config.backend.remat for c in ranked} == {"full", "dots"}
     assert {c.config.backend.dispatch for c in ranked} == {"allgather", "all_to_all"}
     # A device keeps what it sends to itself; all-to-all sends k rows a token, all-gather the token to each other device.
-    sent = {c.config.backend.dispatch: c for c in ranked if c.config.mesh.expert == 32 and "batch_rows=4" in c.name}
-    sent = {name: sum(t.bytes for t in wire.least(c.config, aot.model_config(c.config), 16)) for name, c in sent.items()}
+    sent = {c.config.backend.dispatch: c for c in ranked if c.config.mesh.expert == 32 and f"batch_rows={4 * config.data.batch_rows}" in c.name}
+    sent = {name: sum(t.bytes for t in wire.least(c.config, aot.model_config(c.config))) for name, c in sent.items()}
     assert sent["all_to_all"] < sent["allgather"]
 
 
@@ -275,8 +275,8 @@ def test_shards_of_context_wait_for_the_last_one() -> None:
     config = load_config(CONFIGS / "30b-v6e-8x8.yaml", ["--model.path", str(CONFIGS / "qwen3-vl-30b-a3b")])
     model = aot.model_config(config)
     split = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, context=4))
-    together, apart = (work.work(c, model, 16, 64, 0.0).executed_flops for c in (config, split))
-    text, pairs = model.text_config, work.full_counts(config, 16).token_pairs / 64
+    together, apart = (work.work(c, model, 64, 0.0).executed_flops for c in (config, split))
+    text, pairs = model.text_config, work.full_counts(config).token_pairs / 64
     attention = 4 * pairs * text.num_attention_heads * text.head_dim * text.num_hidden_layers
     assert apart - together == pytest.approx(4 * attention * 3 / 4)  # forward, again, and twice for the backward
 

@@ -22,7 +22,7 @@ from train.checkpoints import fingerprint
 from train.config import MetricsConfig
 from train.errors import TrainingError
 from train.evaluate import answers
-from train.feed import Counts, Feed, Interrupted, count, decode_iterator, encode_iterator
+from train.feed import Counts, Feed, Interrupted, WholeBatches, count, decode_iterator, encode_iterator
 from train.flops import forward_flops, peak_tflops, step_flops
 from train.metrics import Metrics, read_metrics, router_load
 from train.optim import split_frozen
@@ -128,11 +128,11 @@ def test_the_plot_is_drawn_from_the_file(tmp_path: Path) -> None:
 
 def test_the_feed_keeps_order_state_and_errors() -> None:
     batches = training.mixed_batches(tiny.TINY, 3)
-    feed = Feed(training.ListData(batches))
+    feed = Feed(WholeBatches(training.ListData(batches)))
     for number in range(5):
         fed = next(feed)
         assert np.array_equal(fed.batch.input_ids, batches[number % 3].input_ids)
-        assert fed.state == {"position": number + 1}  # of this batch, however far the thread has read
+        assert fed.state == {"0": {"position": number + 1}}  # of this batch, however far the thread has read
         assert fed.counts == count(batches[number % 3])
     feed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "feed"]
@@ -143,7 +143,7 @@ def test_the_feed_keeps_order_state_and_errors() -> None:
                 raise TrainingError("too many bad records")
             return super().__next__()
 
-    feed = Feed(Ending(batches))
+    feed = Feed(WholeBatches(Ending(batches)))
     for _ in range(2):
         next(feed)
     for _ in range(2):
@@ -161,7 +161,7 @@ def test_a_feed_whose_data_never_come_can_be_left(monkeypatch: pytest.MonkeyPatc
             return super().__next__()
 
     monkeypatch.setattr("train.feed.PATIENCE", 0.1)
-    feed = Feed(Stuck(training.mixed_batches(tiny.TINY, 1)), stop=asked.is_set)
+    feed = Feed(WholeBatches(Stuck(training.mixed_batches(tiny.TINY, 1))), stop=asked.is_set)
     threading.Timer(0.3, asked.set).start()
     with pytest.raises(Interrupted):
         next(feed)

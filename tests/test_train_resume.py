@@ -6,30 +6,30 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import training
+from tests.pod import Child
 from tests.xla_flags import ONE_DEVICE
 from train.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 16
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], subprocess.Popen[str]]:
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Child]]:
     """Starts the program on a run directory. The processes share one compilation cache."""
     base = tmp_path_factory.mktemp("resume")
     model = training.write_weights(base / "model", training.SMALL)
     cache = base / "cache"
+    started: list[Child] = []
 
-    def start(run: Path, steps: int = STEPS) -> subprocess.Popen[str]:
+    def start(run: Path, steps: int = STEPS) -> Child:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -38,27 +38,18 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], subproc
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         }
         command = [sys.executable, "-m", "tests.train_program", str(run), str(model), str(steps)]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-        )
+        started.append(Child(command, environment))
+        return started[-1]
 
-    return start
-
-
-def rest(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Everything it still prints. (Not `communicate`, which would lose what the file objects have read ahead.)"""
-    assert process.stdout is not None and process.stderr is not None
-    with process.stdout, process.stderr:
-        out, errors = process.stdout.read(), process.stderr.read()
-    process.wait(timeout=60)
-    return out, errors
+    yield start
+    for child in started:
+        child.kill()
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+def finish(child: Child) -> tuple[str, str]:
     """The final line's step and fingerprints, and what went to stderr."""
-    out, errors = rest(process)
-    assert process.returncode == 0, errors
-    return out.splitlines()[-1], errors
+    assert child.wait() == 0, child.report
+    return child.out.splitlines()[-1], child.errors
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +59,19 @@ def undisturbed(launch, tmp_path_factory: pytest.TempPathFactory) -> str:
     return line
 
 
-def lines_until(process: subprocess.Popen[str], step: int) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("train") and int(line.split()[1]) >= step:
-            return
-    raise AssertionError(rest(process)[1])
+def wait_for_step(child: Child, step: int) -> None:
+    child.wait_for(rf"^train +({'|'.join(map(str, range(step, STEPS + 1)))}) ")
 
 
 def kill_and_resume(launch, run: Path, seed: int, kills: int) -> str:
     """Kills the run `kills` times at random moments after random steps, then lets it end."""
     rng = random.Random(seed)
     for _ in range(kills):
-        process = launch(run)
+        child = launch(run)
         done = max((line["step"] for line in read_metrics(run)), default=0)
-        lines_until(process, min(STEPS - 1, done + rng.randint(0, 4)))
+        wait_for_step(child, min(STEPS - 1, done + rng.randint(0, 4)))
         time.sleep(rng.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        rest(process)
+        child.kill()
     return finish(launch(run))[0]
 
 
@@ -102,17 +88,16 @@ def test_killed_often(launch, undisturbed: str, tmp_path: Path, seed: int) -> No
 
 def test_sigterm_saves_and_the_run_goes_on(launch, undisturbed: str, tmp_path: Path, record) -> None:
     run = tmp_path / "run"
-    process = launch(run)
-    lines_until(process, 5)
+    child = launch(run)
+    wait_for_step(child, 5)
     asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    out, errors = rest(process)
+    child.process.send_signal(signal.SIGTERM)
+    assert child.wait() == 0, child.report
     record("seconds from SIGTERM to the end of the process", time.monotonic() - asked)
-    assert process.returncode == 0, errors
-    stopped = int(out.splitlines()[-1].split()[1])
+    stopped = int(child.out.splitlines()[-1].split()[1])
     assert 5 <= stopped < STEPS
     assert (run / "checkpoints" / str(stopped)).is_dir()
-    assert f"saved step {stopped} of {STEPS}" in out
+    assert f"saved step {stopped} of {STEPS}" in child.out
     assert finish(launch(run))[0] == undisturbed
 
 
@@ -151,6 +136,5 @@ def test_all_checkpoints_damaged_is_an_error_not_a_new_start(launch, six_steps: 
     run = shutil.copytree(six_steps, tmp_path / "run")
     for step in (2, 4, 6):
         (run / "checkpoints" / str(step) / "loop").rename(tmp_path / str(step))
-    process = launch(run)
-    _, errors = rest(process)
-    assert process.returncode == 1 and "all 3 checkpoints are damaged" in errors
+    child = launch(run)
+    assert child.wait() == 1 and "all 3 checkpoints are damaged" in child.errors, child.report

@@ -7,6 +7,8 @@ with eight (jaxlib 0.10.2; twice in some hundred runs that had just compiled the
 SHARED_CORES = " ".join(
     [
         ONE_DEVICE,
+        # jax numbers all collectives of a shard_map alike: where XLA runs two at once, devices mix them up
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         # devices share the machine's cores: one that waits 40 seconds for the others is not yet a deadlock to abort on
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
