@@ -62,10 +62,12 @@ def for_each_tile(group_sizes: jax.Array, tile: int, open_expert: Any, close_exp
 
 
 def slice_rows(array: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    """`count` rows of a matrix from row `first` on."""
     return jax.lax.dynamic_slice(array, (first, 0), (count, array.shape[1]))
 
 
 def write_rows(array: jax.Array, rows: jax.Array, first: jax.Array) -> jax.Array:
+    """The matrix with these rows in place of its own from row `first` on."""
     return jax.lax.dynamic_update_slice(array, rows, (first, 0))
 
 
