@@ -105,7 +105,7 @@ def test_peft_loads_what_we_save_and_we_load_what_it_saves(name: str, lora: Lora
     record("adapted logits from PEFT's", error)
     assert error <= tolerances.MODULE
     assert np.abs(expected - ours.logits(model, config, inputs))[cases.valid(inputs)].max() > 0.1
-    loaded.save_pretrained(tmp_path / "theirs")
+    loaded.save_pretrained(str(tmp_path / "theirs"))
     described, back = load_adapter(tmp_path / "theirs", model.config)
     assert (described.rank, described.alpha, described.rslora) == (lora.rank, lora.alpha, lora.rslora)
     assert {*described.targets} == {*target_paths(model.config, lora.targets)}
@@ -122,7 +122,7 @@ def test_some_layers_by_name_as_peft_users_choose_them(tmp_path: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     theirs = peft.get_peft_model(base, chosen).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     model, inputs = build(config), cases.CASES["text"](config)
     lora, adapters = load_adapter(tmp_path / "theirs", model.config)
     found = ours.logits(with_adapters(model, adapters, lora), config, inputs)

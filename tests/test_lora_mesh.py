@@ -33,7 +33,8 @@ def adapted(dispatch: str, lora: LoraConfig) -> Qwen3VLMoeForConditionalGenerati
     if lora.base_quantization is None:
         params = flatten(base.params())
     else:
-        source = QuantisedBase(lora_cases.InMemory(base), lora.base_quantization, np.dtype(np.float32))
+        in_memory: Any = lora_cases.InMemory(base)
+        source = QuantisedBase(in_memory, lora.base_quantization, np.dtype(np.float32))
         params = {path: jax.numpy.asarray(source.read(path)) for path in source.shapes}
     return adapt(base, lora).with_params(nest({**params, **flatten(adapters)}))
 

@@ -228,7 +228,8 @@ def test_the_quantised_base_takes_the_bytes_computed_and_is_never_whole(kind: An
             )
         step = make_train_step(model, tx, schedule(ScheduleConfig(name="constant"), 1e-3, 4), state=state)
         compiled = step.lower(state, training.mixed_batches(config, 1)[0]).compile()
-        temporaries[quantization, remat] = compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = compiled.memory_analysis()
+        temporaries[quantization, remat] = memory.temp_size_in_bytes
         record(f"{quantization} base, remat {remat}: temporaries, MiB", temporaries[quantization, remat] / 2**20)
     experts = sum(size for path, size in full.items() if "experts" in path)
     plain = temporaries[None, "full"]
