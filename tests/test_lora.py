@@ -28,7 +28,7 @@ from tests.hf_checkpoints import random_hf_tensors
 from train.config import LossConfig, OptimizerConfig, ScheduleConfig
 from train.optim import make_optimizer, schedule
 from train.state import init_state
-from train.step import make_train_step
+from train.step import forward_losses, make_train_step
 
 # transformers' own, when PEFT asks its model about checkpointing
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -89,7 +89,8 @@ def test_new_adapters_change_nothing_and_others_are_the_merged_weights() -> None
     ("name", "lora"),
     [
         ("tiny", EVERYTHING),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mixed", SOME), ("other", SOME), ("tied", EVERYTHING))),
+        pytest.param("other", SOME, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("mixed", SOME), ("tied", EVERYTHING))),
     ],
 )
 def test_peft_loads_what_we_save_and_we_load_what_it_saves(name: str, lora: LoraConfig, tmp_path: Path, record: Any) -> None:
@@ -156,8 +157,6 @@ def test_gradients_are_pefts(backend: BackendConfig, tmp_path: Path, record: Any
     batch = training.labelled(config, inputs)
 
     def loss(params: Any) -> jax.Array:
-        from train.step import forward_losses
-
         adapted = with_adapters(model, params, EVERYTHING)
         losses, targets, _ = forward_losses(adapted, jax.tree.map(jnp.asarray, batch), chunk_tokens=64)
         return losses.cross_entropy.sum() / (targets >= 0).sum()
