@@ -118,8 +118,8 @@ class AdaptedWeights(TrainedWeights):
         else:
             weight = self._quantised.expanded(path, index)
         if path in self._targets:
-            factors = (self._arrays.read(p, i) for p, i in zip(adapter_paths(path), split_index(path, index), strict=True))
-            weight = weight + delta(*factors, dims[0], self.lora.scale)
+            a, b = (self._arrays.read(p, i) for p, i in zip(adapter_paths(path), split_index(path, index), strict=True))
+            weight = weight + delta(a, b, dims[0], self.lora.scale)
         return weight.astype(dtype, copy=False)
 
     def adapters(self) -> dict[str, Any]:

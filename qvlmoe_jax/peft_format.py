@@ -184,9 +184,9 @@ def load_adapter(directory: str | Path, config: Qwen3VLMoeConfig) -> tuple[LoraC
             found = header[key].shape if key in header else None
             if found != factor.shape:
                 raise CheckpointError(f"{file}: {key!r} has shape {found and list(found)}, expected {list(factor.shape)}")
-        factors = (np.asarray(map_tensor(mapped, header[key]), np.float32) for key in keys)
+        a, b = (np.asarray(map_tensor(mapped, header[key]), np.float32) for key in keys)
         whole = factor_shapes(path, shapes[path], rank)
-        for place, shape, factor in zip(adapter_paths(path), whole, _from_peft(path, *factors, expected), strict=True):
+        for place, shape, factor in zip(adapter_paths(path), whole, _from_peft(path, a, b, expected), strict=True):
             flat.setdefault(place, np.zeros(shape, np.float32))[row.index] = factor
         used |= {*keys}
     if unknown := sorted(header.keys() - used):

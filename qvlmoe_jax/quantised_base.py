@@ -21,7 +21,8 @@ class QuantisedBase:
     """
 
     def __init__(self, weights: Weights, kind: Quantization, dtype: np.dtype):
-        self.weights, self.kind = weights, kind
+        self.weights = weights
+        self.kind: Quantization = kind
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         assert weights.dtypes  # checks the stored tree

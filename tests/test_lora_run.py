@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -27,11 +28,16 @@ from qvlmoe_jax.param_tree import flatten
 from qvlmoe_jax.peft_format import load_adapter
 from qvlmoe_jax.quantise import BLOCK, codes_of, dequantise, quantised_bytes, scales_of
 from tests import cases, ours, reference, tiny, tolerances, training
+from tests.hf_checkpoints import random_hf_tensors, write_hf_checkpoint
 from train.__main__ import main
 from train.checkpoints import fingerprint
+from train.config import ScheduleConfig
 from train.errors import TrainingError
-from train.loop import train
-from train.state import TrainState, all_params
+from train.loop import open_model, train
+from train.lora import Base, load_base
+from train.optim import make_optimizer, schedule
+from train.state import TrainState, all_params, init_state
+from train.step import make_train_step
 
 CONFIG = tiny.TINY
 LORA = {"rank": 3, "alpha": 6, "targets": list(PARTS)}
@@ -53,7 +59,7 @@ def run(directory: Path, model: Path, *, steps: int = 4, **changes: Any) -> Trai
     return train(config, data=training.ListData(training.mixed_batches(CONFIG, 4)))
 
 
-@pytest.fixture(scope="module", params=[None, "nf4"])
+@pytest.fixture(scope="module", params=[None, pytest.param("nf4", marks=pytest.mark.slow)])
 def finished(request: Any, model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState, Any]:
     directory = tmp_path_factory.mktemp("lora") / "run"
     return directory, run(directory, model_directory, lora={"base_quantization": request.param}), request.param
@@ -191,19 +197,9 @@ def test_quantised_numbers_follow_their_definition(kind: Any, shape: tuple[int, 
     assert codes.nbytes + scales.nbytes == quantised_bytes(kind, shape, dims)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.soak), pytest.param("nf4", marks=pytest.mark.slow)])
 def test_the_quantised_base_takes_the_bytes_computed_and_is_never_whole(kind: Any, tmp_path: Path, record: Any) -> None:
     """Sixteen layers: were they expanded all at once, or kept for the backward pass, temporaries would show it."""
-    import dataclasses
-
-    from tests.hf_checkpoints import random_hf_tensors, write_hf_checkpoint
-    from train.config import ScheduleConfig
-    from train.loop import open_model
-    from train.lora import Base, load_base
-    from train.optim import make_optimizer, schedule
-    from train.state import init_state
-    from train.step import make_train_step
-
     config = tiny.variant(training.SMALL, text_config={"num_hidden_layers": 16, "hidden_size": 128, "moe_intermediate_size": 72},
                           vision_config={"out_hidden_size": 128})  # fmt: skip
     write_hf_checkpoint(tmp_path / "model", config, random_hf_tensors(config))
@@ -228,7 +224,8 @@ def test_the_quantised_base_takes_the_bytes_computed_and_is_never_whole(kind: An
             )
         step = make_train_step(model, tx, schedule(ScheduleConfig(name="constant"), 1e-3, 4), state=state)
         compiled = step.lower(state, training.mixed_batches(config, 1)[0]).compile()
-        temporaries[quantization, remat] = compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = compiled.memory_analysis()
+        temporaries[quantization, remat] = memory.temp_size_in_bytes
         record(f"{quantization} base, remat {remat}: temporaries, MiB", temporaries[quantization, remat] / 2**20)
     experts = sum(size for path, size in full.items() if "experts" in path)
     plain = temporaries[None, "full"]

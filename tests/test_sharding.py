@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, hf
+from qvlmoe_jax.lora import PARTS, LoraConfig, adapter_shapes
 from qvlmoe_jax.model import gather_visual
 from qvlmoe_jax.param_tree import flatten
 from qvlmoe_jax.sharding import AXES, BATCH, TABLE, fit, make_mesh, partition_spec, shard_batch, table_row, tree_shardings
@@ -48,7 +49,10 @@ def test_every_leaf_hits_one_row(name: str) -> None:
 
 def test_every_row_is_hit() -> None:
     configs = (hub_configs.HUB_30B, hub_configs.HUB_4B)
+    adapters = LoraConfig(targets=tuple(PARTS))
     paths = [path for config in configs for path in hf.param_shapes(Qwen3VLMoeConfig.from_hf(config))]
+    paths += [path for config in configs for path in adapter_shapes(Qwen3VLMoeConfig.from_hf(config), adapters)]
+    assert all(table_row(path) for path in paths)
     for pattern, _ in TABLE:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
 

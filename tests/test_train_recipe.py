@@ -92,3 +92,12 @@ def test_plot_export_and_going_on(run: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(longer) if line["kind"] == "train"] == [1, 2, 3, 4, 5]
     other = command("examples/recipe.yaml", "--model.path", run, f"--run={longer}", "--model.freeze", "[text]", ok=False)
     assert other.returncode == 2 and "arrays are not this config's" in other.stderr and len(other.stderr.splitlines()) <= 6
+
+
+def test_the_lora_example_runs_and_leaves_its_exports(run: Path) -> None:
+    model, adapted = run.parent / "model", run.parent / "lora"
+    command("examples/lora.yaml", "--model.path", model, f"--run={adapted}")
+    losses = [line["loss"] for line in read_metrics(adapted)]
+    assert losses[-1] < losses[0]
+    assert open_weights(adapted / "export").shapes == open_weights(model).shapes
+    assert (adapted / "adapter" / "adapter_config.json").is_file()
