@@ -219,11 +219,11 @@ def load_tree(weights: Weights, target: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       CheckpointError: `target` is not the tree of the directory's config, or the data cannot be read.
     """
-    import jax.numpy as jnp
+    import jax
 
     def load(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf.sharding is None:
-            return jnp.asarray(weights.read(path, dtype=leaf.dtype))
+            return jax.device_put(weights.read(path, dtype=leaf.dtype))  # unlike asarray, on a CPU takes the memory as it is
         return load_shards(lambda index: weights.read(path, index, leaf.dtype), leaf.shape, leaf.dtype, leaf.sharding)
 
     flat = flatten(target)
