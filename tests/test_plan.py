@@ -265,7 +265,8 @@ def test_candidates_are_ranked_by_the_formula() -> None:
     assert {c.config.backend.remat for c in ranked} == {"full", "dots"}
     assert {c.config.backend.dispatch for c in ranked} == {"allgather", "all_to_all"}
     # A device keeps what it sends to itself; all-to-all sends k rows a token, all-gather the token to each other device.
-    sent = {c.config.backend.dispatch: c for c in ranked if c.config.mesh.expert == 32 and f"batch_rows={4 * config.data.batch_rows}" in c.name}
+    rows = f"batch_rows={4 * config.data.batch_rows}"
+    sent = {c.config.backend.dispatch: c for c in ranked if c.config.mesh.expert == 32 and rows in c.name}
     sent = {name: sum(t.bytes for t in wire.least(c.config, aot.model_config(c.config))) for name, c in sent.items()}
     assert sent["all_to_all"] < sent["allgather"]
 
