@@ -74,7 +74,7 @@ def test_reductions_over_data_happen_once_and_over_fsdp_in_every_microbatch(
 
 
 def batch_bytes(config: TrainConfig, mesh: Any) -> float:
-    batch = aot.abstract_batch(config, aot.model_config(config), 1)
+    batch = aot.abstract_batch(config, aot.model_config(config))
     leaves = zip(jax.tree.leaves(batch), jax.tree.leaves(batch_shardings(batch, mesh)), strict=True)
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves)
 
