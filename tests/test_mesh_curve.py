@@ -15,8 +15,11 @@ from train.loop import train
 from train.metrics import read_metrics
 
 STEPS, BATCH = 200, 64
-FIRST, FIRST_TOLERANCE = 20, 1e-4
-"""Rounding is the only difference at first: measured 2e-6 relative at step 20."""
+FIRST, FIRST_TOLERANCE = 100, 1e-4
+"""Each loss of the first steps, relative: 3e-6 measured. Rounding then doubles every few steps, and single losses part: by 3 % at
+step 200, where the loss is 5 % of the first and 64 answers decide it."""
+WINDOW, WINDOW_TOLERANCE = 25, 0.01
+"""Means over so many steps, to the end, relative: 1e-3 measured."""
 
 
 def config_for(directory: Path, mesh: dict[str, int]) -> TrainConfig:
@@ -53,6 +56,10 @@ def test_the_first_200_steps_follow_one_devices(tmp_path: Path, record: Any) -> 
     assert np.array_equal(one["tokens"], eight["tokens"])
     assert one["loss"][-STEPS // 4 :].mean() < 0.2 * one["loss"][0]  # it learns
     error = np.abs(eight["loss"] / one["loss"] - 1)
-    for step in (1, FIRST, 50, 100, STEPS):
-        record(f"easy-vqa on expert4 x fsdp2: relative loss difference up to step {step:>3}", error[:step].max())
+    for step in (50, FIRST, 150, STEPS):
+        record(f"easy-vqa on expert4 x fsdp2: loss up to step {step:>3}", error[:step].max())
     assert error[:FIRST].max() <= FIRST_TOLERANCE
+    means = [curve["loss"].reshape(-1, WINDOW).mean(-1) for curve in (one, eight)]
+    drift = np.abs(means[1] / means[0] - 1).max()
+    record(f"easy-vqa on expert4 x fsdp2: mean loss of {WINDOW} steps", drift)
+    assert drift <= WINDOW_TOLERANCE
