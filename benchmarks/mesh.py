@@ -2,8 +2,8 @@
 
     python benchmarks/mesh.py [--write benchmarks/mesh.md] [--steps 5]
 
-The batch stays the same (8 rows of 64 columns of text), so more devices do the same work in smaller pieces on the same cores: what
-grows is overhead. Exponents are slopes of log(figure) over log(count) between the ends of a series.
+The batch stays the same (8 rows of 64 columns of text), so more devices do the same work in smaller pieces on the same cores:
+what grows is overhead. Exponents are slopes of log(figure) over log(count) between the ends of a series.
 """
 
 from __future__ import annotations
@@ -51,7 +51,12 @@ ROWS: list[list[Any]] = [[cases.Text(64 - row)] for row in range(8)]
 
 @dataclass
 class Measured:
-    """lines: of the optimised program. compile_seconds: of processor time, all threads; lowering not counted. step_seconds: median after the first step."""
+    """
+    Attributes:
+      lines: of the optimised program.
+      compile_seconds: of processor time, all threads; lowering not counted.
+      step_seconds: median after the first step.
+    """
 
     lines: int
     compile_seconds: float
