@@ -126,9 +126,8 @@ def check(case: Case, record: Any) -> None:
         assert error <= tolerances.GRADIENT, (case, path)
 
 
-SEARCH: dict[str, Any] = {
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-}
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+SEARCH: dict[str, Any] = {"suppress_health_check": SLOW}
 
 
 @pytest.mark.slow
