@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qvlmoe_jax import Qwen3VLMoeForConditionalGeneration
-from qvlmoe_jax.adapters import init_adapters
-from qvlmoe_jax.lora import LoraConfig
-from qvlmoe_jax.param_tree import flatten
+from qvlmoe_jax.lora import LoraConfig, adapter_shapes
+from qvlmoe_jax.param_tree import flatten, nest
 
 
 def random_adapters(model: Qwen3VLMoeForConditionalGeneration, lora: LoraConfig, seed: int = 0) -> dict[str, Any]:
     """Both factors random, so that the adapters move the logits by about as much as the base's."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32), init_adapters(model, lora))
+    shapes = adapter_shapes(model.config, lora)
+    return nest({path: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()})
 
 
 class InMemory:

@@ -223,7 +223,7 @@ def test_twenty_steps_follow_peft_and_torchs_adamw(tmp_path: Path, record: Any) 
 def test_what_is_more_than_lora_or_of_another_model_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = build(training.SMALL)
     lora = LoraConfig(rank=2, targets=("experts", "attention"))
-    save_adapter(tmp_path / "a", model.config, init_adapters(model, lora), lora)
+    save_adapter(tmp_path / "a", model.config, lora_cases.random_adapters(model, lora), lora)
     file = tmp_path / "a" / CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointError, match=message) as error:
