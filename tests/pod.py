@@ -123,7 +123,8 @@ def environment(devices: int, cache: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         # as in tests/conftest.py: many devices share few cores
         "XLA_FLAGS": "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
+        "--xla_backend_optimization_level=0",  # half the time to compile: these runs are short
         "NPROC": "64",
     }
 
