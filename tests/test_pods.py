@@ -39,13 +39,13 @@ class Place:
         return [self.config, "--run", str(run), *more]
 
     def validation(self) -> list[str]:
-        """One epoch of few records at the last step: some groups have two, some have one."""
-        lines = (self.base / "records.jsonl").read_text(encoding="utf-8").splitlines()[:13]
+        """One epoch of few records at the last step."""
+        lines = (self.base / "records.jsonl").read_text(encoding="utf-8").splitlines()[:15]
         file = self.base / "held_out.jsonl"
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         data = yaml.safe_load(self.config.read_text(encoding="utf-8"))["data"]
-        # rows that hold one record: the groups' ends differ by a batch
-        section = {**data, "sources": [{"path": str(file)}], "sequence_length": 32, "accumulation": 1, "vision_groups": None}
+        # two groups of one row: the records of the first make three batches, of the second four
+        section = {**data, "sources": [{"path": str(file)}], "batch_rows": 2, "accumulation": 1, "vision_groups": None}
         return ["--validation", json.dumps({"every": STEPS, "data": section})]
 
     def run(self, run: Path, *more: str, processes: int, devices: int) -> Path:
@@ -94,7 +94,7 @@ def test_two_processes_have_the_losses_of_one(alone: Path, pair: Path, record: A
     record("2 processes beside 1: worst relative difference of losses and norms", worst)
     assert worst <= SAME
     one, two = ([line for line in read_metrics(run) if line["kind"] == "validation"] for run in (alone, pair))
-    assert len(one) == len(two) == 1 and one[0]["answers"] == two[0]["answers"] == 13
+    assert len(one) == len(two) == 1 and one[0]["answers"] == two[0]["answers"] == 15
     assert two[0]["validation_loss"] == pytest.approx(one[0]["validation_loss"], rel=SAME)
     for step in (2, STEPS):
         assert loop_state(pair, step)["data"] == loop_state(alone, step)["data"]  # the streams are at the same records
