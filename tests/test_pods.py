@@ -5,6 +5,7 @@ The runs of this file are one config, eight groups on a mesh of 2 or 4 CPU devic
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tests import pod
 from train.checkpoints import Checkpoints
@@ -35,6 +37,16 @@ class Place:
 
     def arguments(self, run: Path, *more: str) -> list[str | Path]:
         return [self.config, "--run", str(run), *more]
+
+    def validation(self) -> list[str]:
+        """One epoch of few records at the last step."""
+        lines = (self.base / "records.jsonl").read_text(encoding="utf-8").splitlines()[:15]
+        file = self.base / "held_out.jsonl"
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        data = yaml.safe_load(self.config.read_text(encoding="utf-8"))["data"]
+        # two groups of one row: the records of the first make three batches, of the second four
+        section = {**data, "sources": [{"path": str(file)}], "batch_rows": 2, "accumulation": 1, "vision_groups": None}
+        return ["--validation", json.dumps({"every": STEPS, "data": section})]
 
     def run(self, run: Path, *more: str, processes: int, devices: int) -> Path:
         pod.run(self.arguments(run, *more), processes=processes, devices=devices, cache=self.cache)
@@ -66,13 +78,14 @@ def loop_state(run: Path, step: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(place: Place) -> Path:
     """One process with two devices."""
-    return place.run(place.base / "alone", *TWO, processes=1, devices=2)
+    return place.run(place.base / "alone", *TWO, *place.validation(), processes=1, devices=2)
 
 
 @pytest.fixture(scope="module")
 def pair(place: Place) -> Path:
     """Two processes with one device each; exports at the end."""
-    return place.run(place.base / "pair", *TWO, "--checkpoint.export", "true", processes=2, devices=1)
+    export = ["--checkpoint.export", "true"]
+    return place.run(place.base / "pair", *TWO, *place.validation(), *export, processes=2, devices=1)
 
 
 @pytest.mark.slow
@@ -80,6 +93,9 @@ def test_two_processes_have_the_losses_of_one(alone: Path, pair: Path, record: A
     worst = far(losses(pair), losses(alone))
     record("2 processes beside 1: worst relative difference of losses and norms", worst)
     assert worst <= SAME
+    one, two = ([line for line in read_metrics(run) if line["kind"] == "validation"] for run in (alone, pair))
+    assert len(one) == len(two) == 1 and one[0]["answers"] == two[0]["answers"] == 15
+    assert two[0]["validation_loss"] == pytest.approx(one[0]["validation_loss"], rel=SAME)
     for step in (2, STEPS):
         assert loop_state(pair, step)["data"] == loop_state(alone, step)["data"]  # the streams are at the same records
 

@@ -195,9 +195,9 @@ class _BadRecords:
         Raises:
           TrainingError: too many, or nothing else to be found.
         """
+        own.setdefault(name, error)  # also where another stream has met it: what a stream keeps is its own, whoever is beside it
         if name not in self.names:
             self.names.add(name)
-            own[name] = error
             log.warning("bad record %s %s; skipped (%d of at most %d)", name, error, len(self.names), self._limit)
             if len(self.names) > self._limit:
                 newest = "; ".join(f"{name} {error}" for name, error in list(own.items())[-3:])
@@ -272,7 +272,7 @@ class _Stream:
         return self._reader
 
     def get_state(self) -> dict[str, Any]:
-        """A few numbers, and the bad records that this stream met first."""
+        """A few numbers, and the bad records met."""
         return {"next": self._next, "waiting": [position for position, _ in self._waiting], "bad": dict(self._bad)}
 
     def set_state(self, state: dict[str, Any]) -> None:
