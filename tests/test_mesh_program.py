@@ -79,8 +79,9 @@ def batch_bytes(config: TrainConfig, mesh: Any) -> float:
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves)
 
 
-WIDE = {"text_config": {"moe_intermediate_size": 480}}
-"""Experts so wide that one layer's of them outweigh everything else that moves at once."""
+WIDE = {"text_config": {"moe_intermediate_size": 4096}}
+"""Experts so wide that one layer's of them outweigh everything else that moves at once (on the CPU the stand-in for the ragged
+all-to-all gathers every device's rows)."""
 
 
 def largest(found: list[hlo.Collective]) -> float:
