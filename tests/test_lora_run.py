@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -27,12 +28,16 @@ from qvlmoe_jax.param_tree import flatten
 from qvlmoe_jax.peft_format import load_adapter
 from qvlmoe_jax.quantise import BLOCK, codes_of, dequantise, quantised_bytes, scales_of
 from tests import cases, ours, reference, tiny, tolerances, training
+from tests.hf_checkpoints import random_hf_tensors, write_hf_checkpoint
 from train.__main__ import main
 from train.checkpoints import fingerprint
+from train.config import ScheduleConfig
 from train.errors import TrainingError
-from train.loop import train
+from train.loop import open_model, train
 from train.lora import Base, load_base
-from train.state import TrainState, all_params
+from train.optim import make_optimizer, schedule
+from train.state import TrainState, all_params, init_state
+from train.step import make_train_step
 
 CONFIG = tiny.TINY
 LORA = {"rank": 3, "alpha": 6, "targets": list(PARTS)}
@@ -203,3 +208,30 @@ def test_the_quantised_base_takes_the_bytes_computed(kind: Any, model_directory:
     others = sum(4 * math.prod(shape) for path, shape in base.weights.shapes.items() if path not in shapes)
     assert sum(leaf.nbytes for leaf in flat.values()) == held + others
     assert held < (0.3 if kind == "int8" else 0.18) * sum(4 * math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.slow
+def test_the_quantised_base_is_never_whole(tmp_path: Path, record: Any) -> None:
+    """Eight more layers: were their expanded weights held at once, or kept for the backward pass, temporaries would show it."""
+
+    def temporaries(quantization: Any, num_layers: int) -> tuple[int, int]:
+        """Bytes of the step's temporaries, and of the decoder's linears in float32."""
+        text = {"num_hidden_layers": num_layers, "hidden_size": 128, "moe_intermediate_size": 72}
+        vision = {"out_hidden_size": 128, "depth": 1, "deepstack_visual_indexes": [0]}
+        config = tiny.variant(training.SMALL, text_config=text, vision_config=vision)
+        model_path = write_hf_checkpoint(tmp_path / f"model{num_layers}", config, random_hf_tensors(config))
+        lora = {"rank": 3, "targets": ["attention"], "base_quantization": quantization}
+        settings = training.make_config(tmp_path / "run", model_path, lora=lora, backend={"remat": "full"})
+        base = Base(settings)
+        model, adapters = open_model(settings, None)
+        tx = make_optimizer(settings.optimizer)
+        state = dataclasses.replace(init_state(adapters(), tx), frozen=load_base(settings, base.weights, None))
+        step = make_train_step(model, tx, schedule(ScheduleConfig(name="constant"), 1e-3, 4), state=state)
+        memory: Any = step.lower(state, training.mixed_batches(config, 1)[0]).compile().memory_analysis()
+        shapes = linears(base.weights.config)
+        return memory.temp_size_in_bytes, sum(4 * math.prod(s) for path, s in shapes.items() if "language_model" in path)
+
+    grown = {kind: np.subtract(temporaries(kind, 12), temporaries(kind, 4)) for kind in (None, "nf4")}
+    more = (grown["nf4"][0] - grown[None][0]) / grown[None][1]
+    record("nf4 base: growth of temporaries with layers, of the expanded weights' bytes", more)
+    assert more < 0.15  # one that held them would have 1; a copy of the codes is 0.14
