@@ -7,7 +7,7 @@ with eight (jaxlib 0.10.2; twice in some hundred runs that had just compiled the
 SHARED_CORES = " ".join(
     [
         ONE_DEVICE,
-        # jax numbers all collectives of a shard_map alike: where XLA runs two at once, devices mix them up
+        # where XLA ran independent collectives at once, devices mixed them up (jaxlib 0.10.2; their ids are alike)
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         # devices share the machine's cores: one that waits 40 seconds for the others is not yet a deadlock to abort on
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
