@@ -317,7 +317,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
 
     def set_output_embeddings(self, head: Linear | None) -> None:
         """Replaces the head; None ties it to the embedding."""
-        self.lm_head = head
+        self.lm_head = nnx.data(head)  # a tied model made it as None, which nnx took for a static attribute
 
 
 ModelClass = Qwen3VLMoeForConditionalGeneration

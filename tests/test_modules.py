@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import torch
 from flax import nnx
 
-from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig
+from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.experts import KERNELS
 from qvlmoe_jax.frames import block_coordinates
-from qvlmoe_jax.layers import LayerNorm, RMSNorm
+from qvlmoe_jax.layers import LayerNorm, Linear, RMSNorm
 from qvlmoe_jax.moe import combine, dispatch, route
 from qvlmoe_jax.rope import text_rotary, vision_rotary
 from tests import cases, ours, reference, tiny
@@ -273,3 +273,18 @@ def test_block_coordinates_are_merge_block_major(pair):
     for h, w in ((1, 1), (2, 5), (3, 2)):
         expected = vision_utils.get_vision_position_ids(torch.tensor([[1, h * merge, w * merge]]), merge)
         np.testing.assert_array_equal(np.stack(block_coordinates(h * merge, w * merge, merge), -1), expected.numpy())
+
+
+def test_a_tied_model_takes_a_head_and_gives_it_back() -> None:
+    model = Qwen3VLMoeForConditionalGeneration.from_config(tiny.variant(tiny.TINY, tie_word_embeddings=True), nnx.Rngs(0))
+    text = model.config.text_config
+    batch = Batch.from_hf(model.config, input_ids=np.arange(5)[None])
+    tied = model(batch).logits
+    head = Linear(
+        "BTD,DV->BTV", (text.hidden_size, text.vocab_size), init=nnx.initializers.zeros, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    model.set_output_embeddings(head)
+    assert model.get_output_embeddings() is not None
+    assert not jax.jit(lambda model, batch: model(batch).logits)(model, batch).any()
+    model.set_output_embeddings(None)
+    assert np.array_equal(model(batch).logits, tied)
