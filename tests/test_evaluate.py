@@ -71,7 +71,7 @@ def test_validation_data_without_answers_are_refused() -> None:
     def evaluate(*_: Any) -> dict[str, jax.Array]:
         return {key: jnp.float32(value) for key, value in sums.items()}
 
-    state: Any = type("State", (), {"params": {}, "frozen": {}})
+    state: Any = type("State", (), {"params": {}, "frozen": {}, "router_bias": None})
     for batches in ([], [None]):
         with pytest.raises(TrainingError, match="no target token"):
             validate(evaluate, state, batches)  # pyright: ignore[reportArgumentType]
