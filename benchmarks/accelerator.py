@@ -70,7 +70,9 @@ def timed(call: Callable[[], Any], rounds: int) -> tuple[list[float], float]:
 
 def text_batch(config: Qwen3VLMoeConfig, rows: int, tokens: int) -> Batch:
     """Documents that fill their rows, every token a target."""
-    ids = np.random.default_rng(0).integers(0, 1000, (rows, tokens))
+    special = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    ordinary = np.setdiff1d(np.arange(min(1000, config.text_config.vocab_size)), special)
+    ids = np.random.default_rng(0).choice(ordinary, (rows, tokens))
     return Batch.from_hf(config, input_ids=ids, labels=ids)
 
 

@@ -181,12 +181,12 @@ def buffers(compiled_text: str) -> list[tuple[int, str]]:
 
 def wide_vocabulary(chunk_tokens: int) -> tuple[list[tuple[int, str]], int]:
     """The buffers of a compiled step, and the elements of its full logits, which are by far the largest thing it could hold."""
-    config = tiny.variant(SMALL, text_config={"vocab_size": 4001, "num_hidden_layers": 1}, vision_config={"depth": 4})
+    config = tiny.variant(SMALL, text_config={"vocab_size": 8009, "num_hidden_layers": 1}, vision_config={"depth": 4})
     model = ours.build_model(config, random_hf_tensors(config))
     rows = [[Text(200), Image(2, 2), Text(11)], [Text(230)]]
     batch = training.stacked([training.labelled(config, cases.build(config, rows), text_length=256)])
     step: Any = make_step(model, loss=LossConfig(chunk_tokens=chunk_tokens))
-    return buffers(step.lower(fresh(model), batch).compile().as_text()), 2 * 256 * 4001
+    return buffers(step.lower(fresh(model), batch).compile().as_text()), 2 * 256 * 8009
 
 
 def test_full_logits_never_exist(capsys: pytest.CaptureFixture[str]) -> None:
