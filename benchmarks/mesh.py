@@ -32,7 +32,7 @@ if "jax" not in sys.modules:
 import jax
 import jax.numpy as jnp
 
-from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig
 from qvlmoe_jax.sharding import make_mesh, shard_batch, tree_shardings
 from tests import cases, ours, tiny, training
 from tests.hf_checkpoints import random_hf_tensors
@@ -82,15 +82,12 @@ def measure(sizes: Sizes, *, experts: int = 8, dispatch: str = "allgather", step
     labels = cases.shifted_labels(inputs, described)
     batch = training.stacked([Batch.from_hf(config, **inputs, labels=labels, groups=8, text_length=64)])
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        model = Qwen3VLMoeForConditionalGeneration.abstract(config, backend=backend)
-        if steps:
-            params = ours.build_model(described, random_hf_tensors(described)).params()
-            if mesh is not None:
-                params = jax.tree.map(jax.device_put, params, tree_shardings(params, mesh))
-            state = init_state(params, tx, mesh=mesh)
-            batch = jax.tree.map(jnp.asarray, batch) if mesh is None else shard_batch(batch, mesh)
-        else:
-            state = jax.eval_shape(lambda params: init_state(params, tx), model.params())
+        model = ours.build_model(described, random_hf_tensors(described), backend)
+        params = model.params()
+        if mesh is not None:
+            params = jax.tree.map(jax.device_put, params, tree_shardings(params, mesh))
+        state = init_state(params, tx, mesh=mesh)
+        batch = jax.tree.map(jnp.asarray, batch) if mesh is None else shard_batch(batch, mesh)
         step = make_train_step(
             model, tx, lambda _: jnp.float32(1e-4), loss=LossConfig(aux_loss=0.01), optimizer=optimizer, state=state, mesh=mesh
         )
