@@ -45,23 +45,25 @@ class RouterStats:
     num_tokens: jax.Array
 
 
-def route(logits_SE: jax.Array, k: int, bias_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(logits_SE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Top-k of the softmax, always renormalised (MOE 126-143; `norm_topk_prob` is ignored there too).
 
-    Args:
-      bias_E: added to the probabilities for the choice alone, never to the weights (arXiv 2408.15664, equation 3).
     Returns:
       probabilities `[S,E]` float32, weights `[S,k]` in the logits' dtype, experts `[S,k]` int32.
     """
+    probs = jax.nn.softmax(logits_SE.astype(jnp.float32), axis=-1)
+    top, experts = jax.lax.top_k(probs, k)
+    weights = top / jnp.sum(top, axis=-1, keepdims=True)
+    return probs, weights.astype(logits_SE.dtype), experts.astype(jnp.int32)
+
+
+def route_with_bias(logits_SE: jax.Array, k: int, bias_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`route` with a bias added to the probabilities for the choice alone, never to the weights (arXiv 2408.15664, equation 3)."""
     logits = logits_SE.astype(jnp.float32)
     probs = jax.nn.softmax(logits, axis=-1)
-    if bias_E is None:
-        top, experts = jax.lax.top_k(probs, k)
-        weights = top / jnp.sum(top, axis=-1, keepdims=True)
-    else:
-        _, experts = jax.lax.top_k(probs + bias_E, k)
-        # The same quotient, in a form that lasts when a bias chooses experts whose probabilities are all zero in float32.
-        weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
+    _, experts = jax.lax.top_k(probs + bias_E, k)
+    # The same quotient as there, in a form that lasts when a bias chooses experts whose probabilities are all zero in float32.
+    weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
     return probs, weights.astype(logits_SE.dtype), experts.astype(jnp.int32)
 
 
@@ -174,7 +176,8 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         """Weights `[S,k]`, experts `[S,k]` (padding: nobody) and the sums over these tokens."""
         router_dtype = jnp.float32 if self.backend.router_dtype == "float32" else x_SD.dtype
         logits = einsum("SD,DE->SE", x_SD.astype(router_dtype), gate_DE.astype(router_dtype))
-        probs, weights, experts = route(logits, self.k, bias_E)
+        chosen = route(logits, self.k) if bias_E is None else route_with_bias(logits, self.k, bias_E)
+        probs, weights, experts = chosen
         if self.backend.fake_balanced_gate:
             weights, experts = balanced_choice(x_SD.shape[0], self.num_experts, self.k, weights.dtype)
         experts = jnp.where(valid_S[:, None], experts, self.num_experts)

@@ -193,7 +193,7 @@ def gelu_variant(*, replaced: bool, by: bool) -> Callable[..., jax.Array]:
     return lambda x, *, approximate: layers.gelu(x, approximate=by if approximate is replaced else approximate)
 
 
-def unnormalised_route(logits: jax.Array, k: int, _: None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def unnormalised_route(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     probs = jax.nn.softmax(logits, axis=-1)
     weights, experts = jax.lax.top_k(probs, k)
     return probs, weights, experts

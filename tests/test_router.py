@@ -18,7 +18,7 @@ from qvlmoe_jax import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.checkpoint import load_params, open_weights
 from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.layer_plan import slots
-from qvlmoe_jax.moe import count_choices, route
+from qvlmoe_jax.moe import count_choices, route, route_with_bias
 from qvlmoe_jax.param_tree import flatten
 from tests import cases, ours, tiny, tolerances, training
 from tests.hf_checkpoints import random_hf_tensors
@@ -90,20 +90,20 @@ def step(
 def test_the_bias_chooses_and_does_not_weigh() -> None:
     rng = np.random.default_rng(0)
     logits, bias = rng.normal(size=(40, EXPERTS)).astype(np.float32), rng.normal(0, 0.2, EXPERTS).astype(np.float32)
-    probs, weights, experts = (np.asarray(a) for a in route(jnp.asarray(logits), K, jnp.asarray(bias)))
+    probs, weights, experts = (np.asarray(a) for a in route_with_bias(jnp.asarray(logits), K, jnp.asarray(bias)))
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(probs, expected, rtol=1e-5)
     assert np.array_equal(experts, np.argsort(-(probs + bias), axis=-1)[:, :K])
     assert not np.array_equal(experts, np.argsort(-probs, axis=-1)[:, :K])
     chosen = np.take_along_axis(probs, experts, -1)
     np.testing.assert_allclose(weights, chosen / chosen.sum(-1, keepdims=True), rtol=1e-6)
-    for a, b in zip(route(jnp.asarray(logits), K, jnp.zeros(EXPERTS)), route(jnp.asarray(logits), K), strict=True):
+    for a, b in zip(route_with_bias(jnp.asarray(logits), K, jnp.zeros(EXPERTS)), route(jnp.asarray(logits), K), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     # experts whose probability is zero in float32, chosen by their bias: no division of zero by zero, forward or backward
     far = jnp.asarray([[0.0] * 4 + [-200.0] * 4])
     push = jnp.asarray([0.0] * 4 + [9.0] * 4)
-    assert np.all(np.isfinite(route(far, K, push)[1]))
-    assert np.all(np.isfinite(jax.grad(lambda z: route(z, K, push)[1].sum())(far)))
+    assert np.all(np.isfinite(route_with_bias(far, K, push)[1]))
+    assert np.all(np.isfinite(jax.grad(lambda z: route_with_bias(z, K, push)[1].sum())(far)))
 
 
 def test_the_bias_moves_towards_the_mean_load() -> None:
@@ -116,7 +116,7 @@ def test_the_bias_balances_a_skewed_router() -> None:
     logits = jax.random.normal(jax.random.key(0), (2000, EXPERTS)) + jnp.linspace(0, 3, EXPERTS)
 
     def update(bias: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-        load = count_choices(route(logits, K, bias)[2], EXPERTS)
+        load = count_choices(route_with_bias(logits, K, bias)[2], EXPERTS)
         return moved_bias(bias[None], load[None].astype(jnp.float32), 0.002)[0], load.max() / load.mean()
 
     _, worst = jax.lax.scan(update, jnp.zeros(EXPERTS), None, length=400)
