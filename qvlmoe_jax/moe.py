@@ -58,7 +58,7 @@ def route(logits_SE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def route_with_bias(logits_SE: jax.Array, k: int, bias_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`route` with a bias added to the probabilities for the choice alone, never to the weights (arXiv 2408.15664, equation 3)."""
+    """`route`, with a bias added to the probabilities for the choice alone, not to the weights (arXiv 2408.15664, equation 3)."""
     logits = logits_SE.astype(jnp.float32)
     probs = jax.nn.softmax(logits, axis=-1)
     _, experts = jax.lax.top_k(probs + bias_E, k)
