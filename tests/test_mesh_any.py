@@ -131,7 +131,7 @@ SEARCH: dict[str, Any] = {"suppress_health_check": SLOW}
 
 
 @pytest.mark.slow
-@settings(max_examples=3, phases=[Phase.explicit, Phase.generate], **SEARCH)
+@settings(max_examples=2, phases=[Phase.explicit, Phase.generate], **SEARCH)
 @given(case=some_case)
 @example(case=ALL_TO_ONE)
 def test_some_meshes(case: Case, record: Any) -> None:

@@ -14,12 +14,13 @@ from train.config import MeshConfig, TrainConfig, load_config
 from train.loop import train
 from train.metrics import read_metrics
 
-STEPS, BATCH = 200, 64
+STEPS, BATCH, VERSIONS = 200, 64, 4
 FIRST, FIRST_TOLERANCE = 100, 1e-4
-"""Each loss of the first steps, relative: 3e-6 measured. Rounding then doubles every few steps, and single losses part: by 3 % at
-step 200, where the loss is 5 % of the first and 64 answers decide it."""
+"""Each loss of the first steps, relative: 3e-6 measured. Then rounding grows: a token whose router is in two minds goes to
+another expert, and single losses part, by 3 to 14 % at step 200, where 64 answers decide a loss of 0.3. One device parts from
+itself too when it sums in another order (0.4 % at step 200 with two vision groups and other chunks of the loss)."""
 WINDOW, WINDOW_TOLERANCE = 25, 0.01
-"""Means over so many steps, to the end, relative: 1e-3 measured."""
+"""Means over so many steps, to the end, relative: 1e-3 and 2e-3 measured."""
 
 
 def config_for(directory: Path, mesh: dict[str, int]) -> TrainConfig:
@@ -41,12 +42,7 @@ def config_for(directory: Path, mesh: dict[str, int]) -> TrainConfig:
 @pytest.mark.soak
 def test_the_first_200_steps_follow_one_devices(tmp_path: Path, record: Any) -> None:
     script = load_script("easy_vqa_data")
-    pictures, questions = script.load_split("train")
-    words = script.tokenizer_words((question, answer) for question, answer, _ in questions)
-    script.write_start(tmp_path / "start", words)
-    chosen = np.random.default_rng(0).permutation(len(questions))[: STEPS * BATCH]
-    records = (script.record(questions[i][0], questions[i][1], script.png(pictures[questions[i][2]])) for i in chosen)
-    script.write_parquet(tmp_path / "train.parquet", records)
+    script.write_all(tmp_path, VERSIONS)
     curves = []
     for mesh in ({}, {"expert": 4, "fsdp": 2}):
         config = config_for(tmp_path, mesh)

@@ -104,7 +104,7 @@ def test_experts_weights_do_not_move_under_expert_parallelism(
         assert largest(compiled(config, capfd)[1]) >= one_of_three_matrices
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("sizes", [{"tensor": 2, "fsdp": 4}, {"tensor": 2, "context": 2, "expert": 2}], ids=["fsdp", "context"])
 def test_the_partitioner_gives_up_on_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str], sizes: dict[str, int]) -> None:
     """`compiled` looks for its warning; here on the axes the tests above leave out."""
