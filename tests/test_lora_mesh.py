@@ -60,7 +60,7 @@ def one_device() -> dict[Any, tuple[float, dict[str, Any]]]:
     ("sizes", "dispatch", "quantization"),
     [
         *(
-            pytest.param(*mesh, None, marks=pytest.mark.slow if i in (2, 6) else pytest.mark.soak)
+            pytest.param(*mesh, None, marks=pytest.mark.slow if i == 6 else pytest.mark.soak)
             for i, mesh in enumerate(MESHES)
         ),
         pytest.param({"tensor": 2, "fsdp": 2, "expert": 2}, "allgather", "nf4", marks=pytest.mark.soak),
