@@ -42,10 +42,10 @@ class Case(NamedTuple):
 
 
 def documents() -> st.SearchStrategy[list[Item]]:
-    """One row, of at least one text token; at most 30 columns and 48 patches."""
+    """One row, of at least one text token; at most 32 columns and 48 patches."""
     image = st.builds(Image, st.integers(1, 2), st.integers(1, 3))
     video = st.builds(Video, st.just(2), st.just(1), st.integers(1, 2))
-    text = st.builds(Text, st.integers(1, 6))
+    text = st.builds(Text, st.integers(1, 4))
     return st.tuples(text, st.lists(st.one_of(text, image, video), max_size=2), text).map(lambda t: [t[0], *t[1], t[2]])
 
 
