@@ -8,12 +8,10 @@ the unit it was at, and any number of processes can share the units out.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +20,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from convert.checksum import crc32
 from convert.directories import check_destination, describe_source, find_side_files
-from convert.orbax_stream import Leaf, LeafWriter, Piece, leaf_pieces, plan_leaves, write_skeleton
+from convert.orbax_stream import Leaf, LeafWriter, Piece, leaf_pieces, load_orbax, plan_leaves, write_skeleton
 from convert.progress import Progress, human_bytes
 from convert.work_directory import WorkDirectory, only_cleaning_is_left, open_work_directory, work_path
 from qvlmoe_jax.checkpoint import CHECKPOINT_DIR, CONVERSION_FILE
@@ -35,7 +34,6 @@ from qvlmoe_jax.whole_directory import check_replaced
 
 FORMAT = "qvlmoe_jax.conversion"
 FORMAT_VERSION = 2
-CRC_BYTES = 1 << 24
 SKELETON = "skeleton"
 RESERVE, RESERVE_BYTES = "reserve", 1 << 21
 """Room kept for the skeleton: should the disk fill up, our own writes must be the ones that find out, and say it in a line."""
@@ -120,7 +118,7 @@ def hf2jax(
     with open_work_directory(destination.resolve(), plan, begin, resume=resume, worker=worker, workers=workers) as work:
         with ThreadPoolExecutor(1) as aside:
             if worker == 0:
-                aside.submit(importlib.import_module, "orbax.checkpoint.v1")  # takes seconds
+                aside.submit(load_orbax)  # takes seconds
             peak = write_units(weights, mine, work, report)
         if worker == 0:
             (work.path / RESERVE).unlink(missing_ok=True)
@@ -211,6 +209,8 @@ def write_units(weights: HFWeights, units: list[Unit], work: WorkDirectory, repo
     writer = LeafWriter(work.result / CHECKPOINT_DIR)
     todo = [unit for unit in units if unit.name not in work.finished or not all(map(writer.done, unit.pieces))]
     total, left = sum(unit.nbytes for unit in units), sum(unit.nbytes for unit in todo)
+    # first those that are only copied: the disk is at work at once, and still has some to write while others are turned
+    todo.sort(key=lambda unit: any(row.axes != tuple(range(len(row.axes))) for row in unit.rows))
     if left < total:
         report(f"{human_bytes(total - left)} of {human_bytes(total)} are there already")
     unit_of = {piece.file: unit for unit in todo for piece in unit.pieces}
@@ -238,20 +238,12 @@ def write_units(weights: HFWeights, units: list[Unit], work: WorkDirectory, repo
 
 
 def checksums(weights: HFWeights, rows: tuple[Row, ...]) -> dict[str, str]:
-    """CRC-32 of the bytes on disk of these tensors and their scales. (It is there to find damage, and runs at 7 GB/s.)"""
+    """CRC-32 of the bytes on disk of these tensors and their scales."""
     return {row.key: f"{crc32(weights.tensor(row.key)):08x}" for row in rows} | {
         weights.match.scales[row.key]: f"{crc32(weights.files.array(weights.match.scales[row.key])):08x}"
         for row in rows
         if row.key in weights.match.scales
     }
-
-
-def crc32(array: np.ndarray) -> int:
-    """Of a contiguous array's bytes."""
-    data, value = array.reshape(-1).view(np.uint8), 0
-    for begin in range(0, data.size, CRC_BYTES):
-        value = zlib.crc32(data[begin : begin + CRC_BYTES].data, value)
-    return value
 
 
 def describe_plan(weights: HFWeights, source: Path, dtype: Dtype, workers: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES
 from qvlmoe_jax.shards import write_shards
 from qvlmoe_jax.whole_directory import whole_directory
 
-READS_AHEAD = 2
+READS_AHEAD = FILES_AT_ONCE = 2
 NAMED_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
@@ -80,7 +80,7 @@ def jax2hf(
         for name in side_files:
             shutil.copyfile(side / name, staging / name)
         _set_dtype(staging / "config.json", {dtype for dtype, _ in specs.values()})
-        write_shards(staging, specs, blocks, max_shard_bytes=max_shard_size)
+        write_shards(staging, specs, blocks, max_shard_bytes=max_shard_size, files_at_once=FILES_AT_ONCE)
     seconds = time.monotonic() - start
     report(
         f"{destination}: {len(specs)} tensors, {sum(map(math.prod, weights.shapes.values())):,} parameters, {total:,} bytes "

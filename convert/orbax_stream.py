@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -83,6 +84,13 @@ def leaf_pieces(leaf: Leaf) -> list[Piece]:
     return [Piece(leaf, cell, index) for cell, index in pieces(leaf.shape, leaf.chunks)]
 
 
+def load_orbax() -> ModuleType:
+    """Orbax's current API, which takes seconds to import."""
+    from orbax.checkpoint import v1
+
+    return v1
+
+
 def write_skeleton(checkpoint: Path, leaves: Iterable[Leaf], scratch: Path) -> None:
     """Adds to `checkpoint` what Orbax writes around the arrays: names, kinds, that the checkpoint is whole.
 
@@ -91,8 +99,7 @@ def write_skeleton(checkpoint: Path, leaves: Iterable[Leaf], scratch: Path) -> N
     Args:
       scratch: a directory beside `checkpoint`, made and removed.
     """
-    from orbax.checkpoint import v1 as ocp
-
+    ocp = load_orbax()
     # numpy's, so that a load that names no sharding gives numpy arrays: a device of this machine would mean nothing elsewhere
     tree = {leaf.path: np.zeros((1,) * len(leaf.shape), leaf.dtype) for leaf in leaves}
     context = ocp.Context()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ class Progress:
         self.total, self.count, self.peak = total, already, anonymous_bytes()
         self._report, self._already = report, already
         self._start = self._said = time.monotonic()
+        self._lock = threading.Lock()
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -54,7 +56,11 @@ class Progress:
             self._bar.close()
 
     def add(self, size: int) -> None:
-        """`size` more bytes are done."""
+        """`size` more bytes are done. Any thread may say it."""
+        with self._lock:
+            self._add(size)
+
+    def _add(self, size: int) -> None:
         self.count += size
         self.peak = max(self.peak, anonymous_bytes())
         if self._bar is not None:

@@ -11,7 +11,7 @@ from qvlmoe_jax.checkpoint import Weights
 from qvlmoe_jax.fast_copy import copy_into
 from qvlmoe_jax.hf import Row
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 4 << 20
 
 
 def block_reads(weights: Weights, row: Row, dtype: np.dtype) -> Iterator[Callable[[], np.ndarray]]:

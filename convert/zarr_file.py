@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.file_copy import write_array
+from qvlmoe_jax.fast_copy import copy_into
+from qvlmoe_jax.file_copy import start_writing_back, write_array
 from qvlmoe_jax.local_files import read_json
 from qvlmoe_jax.zarr_files import ABSENT, INDEX, RAW, crc32c, in_memory_order
 
@@ -58,17 +59,23 @@ def write_zarr_metadata(
 
 
 def _chunks(array: np.ndarray, chunk: Sequence[int], grid: Sequence[int]) -> Iterator[np.ndarray | None]:
-    """Each chunk of the file's grid as contiguous bytes, filled up with zeros where the array ends inside; None past its end."""
+    """Each chunk of the file's grid as contiguous bytes, filled up with zeros where the array ends inside; None past its end.
+
+    One that had to be put together is overwritten by the next.
+    """
+    room: np.ndarray | None = None
     for cell in itertools.product(*map(range, grid)):
         part = array[tuple(slice(i * step, (i + 1) * step) for i, step in zip(cell, chunk, strict=True))]
         if not part.size:
             yield None
-        elif part.shape == tuple(chunk):
-            yield np.ascontiguousarray(part)
+        elif part.shape == tuple(chunk) and part.flags.c_contiguous:
+            yield part
         else:
-            whole = np.zeros(chunk, array.dtype)
-            whole[tuple(slice(size) for size in part.shape)] = part
-            yield whole
+            room = np.empty(chunk, array.dtype) if room is None else room
+            if part.shape != tuple(chunk):
+                room[...] = 0
+            copy_into(room[tuple(map(slice, part.shape))], part)
+            yield room
 
 
 def write_zarr_file(path: Path, array: np.ndarray, file_shape: Sequence[int], chunk: Sequence[int]) -> None:
@@ -96,6 +103,7 @@ def write_zarr_file(path: Path, array: np.ndarray, file_shape: Sequence[int], ch
                         end += piece.nbytes
             table = np.array(index, "<u8").tobytes()
             write_array(file.fileno(), np.frombuffer(table + crc32c(table).to_bytes(4, "little"), np.uint8))
+            start_writing_back(file.fileno())
         part.rename(path)
     except BaseException:
         part.unlink(missing_ok=True)

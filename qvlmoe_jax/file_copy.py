@@ -11,6 +11,8 @@ import numpy as np
 
 _CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 """What file systems say that do not copy from file to file."""
+WRITE_BYTES = 1 << 20
+"""Of one call. In larger ones ext4 looks for room in larger blocks: measured a fifth of the speed where memory is in pieces."""
 
 
 class MappedFile(mmap.mmap):
@@ -26,8 +28,8 @@ class MappedFile(mmap.mmap):
         return mapped
 
 
-def _source(array: np.ndarray) -> tuple[MappedFile, int] | None:
-    """The mapped file whose bytes a contiguous array is, and where they begin in it."""
+def mapped_source(array: np.ndarray) -> tuple[MappedFile, int] | None:
+    """The mapped file whose bytes a contiguous array is, and where they begin in it. None of any other array."""
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -44,7 +46,7 @@ def write_array(descriptor: int, array: np.ndarray) -> None:
       OSError: the system's reason, a full disk for one.
     """
     data, done = array.reshape(-1).view(np.uint8).data, 0
-    source = _source(array) if array.nbytes >= mmap.PAGESIZE and hasattr(os, "copy_file_range") else None
+    source = mapped_source(array) if array.nbytes >= mmap.PAGESIZE and hasattr(os, "copy_file_range") else None
     if source is not None:
         mapped, begin = source
         with mapped.path.open("rb") as file:
@@ -57,5 +59,14 @@ def write_array(descriptor: int, array: np.ndarray) -> None:
             except OSError as error:
                 if error.errno not in _CANNOT:
                     raise
-    while done < array.nbytes:  # Linux writes at most 2 GiB at once
-        done += os.write(descriptor, data[done:])
+    while done < array.nbytes:
+        done += os.write(descriptor, data[done : done + WRITE_BYTES])
+
+
+def start_writing_back(descriptor: int, start: int = 0, size: int = 0) -> None:
+    """Has the system begin to bring these bytes (0: to the end) to the disk, and does not wait.
+
+    On its own it lets gigabytes gather first, during which the disk rests.
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)

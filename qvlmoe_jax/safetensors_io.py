@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.file_copy import write_array
+from qvlmoe_jax.file_copy import WRITE_BYTES, start_writing_back, write_array
 from qvlmoe_jax.local_files import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
@@ -173,6 +173,9 @@ def write_safetensors(
             written = 0
             for block in blocks(name):
                 assert block.dtype == dtype, f"{name}: {block.dtype}, promised {dtype}"
+                start = file.tell()
                 write_array(file.fileno(), np.ascontiguousarray(block))
+                if block.nbytes >= WRITE_BYTES:
+                    start_writing_back(file.fileno(), start, block.nbytes)
                 written += block.size
             assert written == math.prod(shape), f"{name}: {written} numbers, promised {shape}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
@@ -124,7 +126,12 @@ def split_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[
 
 
 def write_shards(
-    directory: str | Path, specs: Mapping[str, TensorSpec], blocks: Callable[[str], Iterable[np.ndarray]], *, max_shard_bytes: int
+    directory: str | Path,
+    specs: Mapping[str, TensorSpec],
+    blocks: Callable[[str], Iterable[np.ndarray]],
+    *,
+    max_shard_bytes: int,
+    files_at_once: int = 1,
 ) -> None:
     """Writes tensors as `split_shards` spreads them, and an index of several files.
 
@@ -133,11 +140,30 @@ def write_shards(
       specs: name -> (dtype, shape).
       blocks: as `write_safetensors` takes them.
       max_shard_bytes: of a file's data; a larger tensor gets a file of its own.
+      files_at_once: each in a thread of its own, in which its `blocks` are asked for.
     """
     directory = Path(directory)
     files = split_shards(specs, max_shard_bytes)
-    for name, keys in files.items():
-        write_safetensors(directory / name, {key: specs[key] for key in keys}, blocks)
+    stop = Event()
+
+    def until_stopped(key: str) -> Iterator[np.ndarray]:
+        for block in blocks(key):
+            if stop.is_set():
+                raise InterruptedError("another file could not be written")
+            yield block
+
+    with ThreadPoolExecutor(files_at_once) as pool:
+        writing = [
+            pool.submit(write_safetensors, directory / name, {key: specs[key] for key in keys}, until_stopped)
+            for name, keys in files.items()
+        ]
+        try:
+            for file in as_completed(writing):
+                file.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     if len(files) == 1:
         return
     weight_map = {key: name for name, keys in files.items() for key in keys}
