@@ -11,6 +11,9 @@ from qvlmoe_jax.errors import ConfigError
 
 log = logging.getLogger("qvlmoe_jax")
 
+DENSE_LENGTH = 128
+"""Positions up to which all scores at once are quicker than blocks, where `attention` is `auto`."""
+
 _CHOICES = {
     "attention": ("auto", "dense", "chunked", "splash"),
     "experts": ("auto", "tiles", "ragged_dot"),
@@ -27,7 +30,7 @@ class BackendConfig:
     Attributes:
       attention: `dense` holds all T x S scores; `chunked` holds one block of queries' and keys' scores at a time, so memory
         grows linearly with length, and skips blocks that share no segment; `splash` is the TPU's kernel, which skips blocks
-        above the diagonal; `auto` takes splash on TPU, elsewhere chunked above `attention_chunk` positions, dense below.
+        above the diagonal; `auto` takes splash on TPU, elsewhere chunked above 128 positions, dense below.
       attention_chunk: queries, and keys, per block of the chunked kernel.
       experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
         5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.
@@ -41,7 +44,7 @@ class BackendConfig:
     """
 
     attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
-    attention_chunk: int = 128
+    attention_chunk: int = 256
     experts: Literal["auto", "tiles", "ragged_dot"] = "auto"
     dispatch: Literal["allgather", "all_to_all"] = "allgather"
     remat: Literal["none", "full", "dots"] = "none"
@@ -74,6 +77,6 @@ class BackendConfig:
         """The kernel for `length` queries where splash does not serve."""
         if self.attention in ("dense", "chunked"):
             return self.attention
-        kernel = "chunked" if length > self.attention_chunk else "dense"
+        kernel = "chunked" if length > DENSE_LENGTH else "dense"
         log.info("attention kernel: %s (auto, %d queries)", kernel, length)
         return kernel

@@ -6,6 +6,7 @@ of F never splits a gate from its up.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -31,9 +32,10 @@ def zero_past(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
 
 def tile_rows(num_rows: int, num_experts: int) -> int:
-    """Rows per tile: about one expert's even share, a power of two, so that few rows of a tile are wasted."""
+    """Rows per tile: an expert's even share and two standard deviations of it, so that under even routing most experts fit one
+    tile and few of its rows are wasted."""
     share = max(1, num_rows // num_experts)
-    return min(_MAX_TILE, max(_MIN_TILE, 1 << (share - 1).bit_length()))
+    return min(_MAX_TILE, max(_MIN_TILE, -(-(share + 2 * math.isqrt(share)) // _MIN_TILE) * _MIN_TILE))
 
 
 def for_each_tile(group_sizes: jax.Array, tile: int, open_expert: Any, close_expert: Any, on_tile: Any, carry: Any) -> Any:

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from qvlmoe_jax.batch import Batch
+from qvlmoe_jax.blockwise import blockwise_attention
 from qvlmoe_jax.cache import CACHE_SPEC, KVCache
 from qvlmoe_jax.cached_attention import cached_attention
 from qvlmoe_jax.layer_plan import Run, plan_layers
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
-from qvlmoe_jax.sharding import BATCH, constrain
+from qvlmoe_jax.sharding import BATCH, active_mesh, constrain
 from qvlmoe_jax.text import Qwen3VLMoeTextDecoderLayer, Qwen3VLMoeTextModel
 
 Visual = tuple[jax.Array, jax.Array] | None
 """What `Qwen3VLMoeModel.visual_features` returns."""
+FEW_COLUMNS = 32
+"""Fewer new columns than these are not worth laying a layer's keys and values out anew."""
 
 
 def prefill(model: Qwen3VLMoeForConditionalGeneration, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -139,9 +142,7 @@ def _scan(
             with jax.named_scope("attention"):
                 q, new_k, new_v = layer.self_attn.heads(layer.input_layernorm(x), rotary)
                 k, v = (_write(a, new, number, cache.length) for a, new in ((k, new_k), (v, new_v)))
-                heads = cached_attention(
-                    q, k, v, layer=number, valid_BS=held, first=cache.length, block=text.backend.attention_chunk
-                )
+                heads = _attend(q, k, v, number, held, cache.length, text.backend.attention_chunk)
                 x = x + layer.self_attn.o_proj(heads)
             x, _ = layer.feed_forward(x, segment_ids > 0, stacked_layer=index)
             if slot.first < levels:
@@ -151,6 +152,21 @@ def _scan(
 
     (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), jnp.arange(run.repeats))
     return x, dataclasses.replace(cache, k=k, v=v)
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, held: jax.Array, first: jax.Array, block: int
+) -> jax.Array:
+    """New columns over the cache: a few where it lies, a prompt with the layer's keys and values laid out for it first.
+
+    (On a mesh that layout would mix rows of different devices.)
+    """
+    if q.shape[1] < FEW_COLUMNS or active_mesh() is not None:
+        return cached_attention(q, k, v, layer=layer, valid_BS=held, first=first, block=block)
+    segments = jnp.ones(q.shape[:2], jnp.int32), held.astype(jnp.int32)
+    return blockwise_attention(
+        q, k[layer], v[layer], q_segments=segments[0], kv_segments=segments[1], causal=True, block=block, first=first
+    )
 
 
 def _layer(stacked: Qwen3VLMoeTextDecoderLayer, index: jax.Array) -> Qwen3VLMoeTextDecoderLayer:
