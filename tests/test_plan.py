@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from qvlmoe_jax import Qwen3VLMoeConfig, make_mesh
+from qvlmoe_jax import Qwen3VLMoeConfig, hf, make_mesh
 from tests import tiny, training
 from train import __main__ as command
 from train import aot, hlo, plan, roofline, topology, wire, work
@@ -179,6 +180,16 @@ def test_published_runs_stand_beside_the_formula() -> None:
 
 
 SHIPPED = re.compile(r"(\w+b)(-128k)?-(v\w+)-([\dx-]+)")
+
+
+def test_the_gpu_config_is_one_host_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_config(CONFIGS / "30b-8xh100.yaml")
+    assert config.mesh.expert * config.mesh.fsdp * config.mesh.data == 8 == config.data.batch_rows
+    # 10 bytes per parameter (master, copy, gradients) and adafactor's factored moments
+    model = Qwen3VLMoeConfig.from_json(config.model.path)
+    parameters = sum(math.prod(shape) for shape in hf.param_shapes(model).values())
+    assert config.optimizer.name == "adafactor" and 10 * parameters / 8 < 40e9
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-v*.yaml")), ids=lambda path: path.stem)

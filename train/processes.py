@@ -76,8 +76,8 @@ def arguments(config: DistributedConfig, environment: Mapping[str, str]) -> dict
 def initialize(config: DistributedConfig) -> None:
     """Starts jax.distributed where the config or the environment asks for it. Call it before anything else of jax.
 
-    On the CPU it also keeps XLA from running independent collectives of a program at once: jax numbers them all alike, and
-    devices that reach two of them in different orders mix them up (jaxlib 0.10.2: wrong sums, aborts, standstills).
+    On the CPU it also turns XLA's concurrent scheduler off: with it, programs of several devices gave wrong sums, aborted or
+    stood still (jaxlib 0.10.2). The likely cause is that devices reach independent collectives of one number in other orders.
 
     Raises:
       ConfigError: incomplete settings. TrainingError: the other processes were not there in time.
