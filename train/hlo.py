@@ -29,8 +29,8 @@ _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|true_computation|false
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # How the TPU compiler prints a reduce-scatter whose shards it pads to whole tiles: a fusion of an all-reduce and each device's
-# slice of it, run by what runs reduce-scatter instructions (its emitter is an `AllReduceScatterFusion` too) and, on TPU v2, in the
-# time of one (https://jax-ml.github.io/scaling-book/profiling).
+# slice of it, run by what runs reduce-scatter instructions (its emitter is an `AllReduceScatterFusion` too) and, on TPU v2, in
+# the time of one (https://jax-ml.github.io/scaling-book/profiling).
 _SCATTER_FUSION = "all-reduce-scatter"
 
 
