@@ -85,7 +85,7 @@ def test_losses_agree(sizes: dict[str, Any], chunk: int) -> None:
 def sent(f: Callable[..., jax.Array], place: str, w: jax.Array, *inputs: jax.Array) -> dict[str, float]:
     """Bytes on the wire for the gradient of `w` over fsdp 4 x expert 2, by kind of collective."""
     sizes = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
-    mesh = make_mesh(**sizes)
+    mesh = make_mesh(fsdp=4, expert=2)
     with jax.set_mesh(mesh):
         placed = NamedSharding(mesh, partition_spec(place, w.shape, mesh))
         given = [jax.device_put(x, NamedSharding(mesh, fit((BATCH, *[None] * (x.ndim - 1)), x.shape, mesh))) for x in inputs]
