@@ -215,7 +215,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
                 gate_up, down = gate_up[stacked_layer], down[stacked_layer]  # gathering copies it anyway
                 adapters, stacked_layer = {name: a[stacked_layer] for name, a in adapters.items()}, None
             if layout.gate_up_fsdp:
-                # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler all-reduces the gradient instead.
+                # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler pads the gradient and shifts its rows.
                 E, D, _, F = gate_up.shape
                 gate_up = jax.lax.all_gather(gate_up.reshape(E, D, 2 * F), "fsdp", axis=1, tiled=True).reshape(E, -1, 2, F)
             if layout.down_fsdp:

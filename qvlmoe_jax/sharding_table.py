@@ -33,7 +33,8 @@ TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"(.*/)?layers(/\d+)?/mlp/down_proj/weight", ("tensor", FSDP)),
     (r"(.*/)?language_model/norm/weight", (None,)),
     (r"(.*/)?patch_embed/proj/weight", (None, FSDP)),
-    (r"(.*/)?pos_embed/weight", (None, FSDP)),
+    # Rows as well: scattered over lanes of D that a shard does not fill, the TPU compiler all-reduces the gradient.
+    (r"(.*/)?pos_embed/weight", (FSDP, None)),
     (r"(.*/)?patch_embed/proj/bias", (None,)),
     (r"(.*/)?blocks/attn/qkv/weight", (FSDP, None, "tensor", None)),
     (r"(.*/)?blocks/attn/qkv/bias", (None, "tensor", None)),

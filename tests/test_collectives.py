@@ -3,7 +3,6 @@ where a reduce-scatter would do."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +12,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from qvlmoe_jax import spread
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.collectives import placed_einsum, placed_lookup
 from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.layers import einsum
-from qvlmoe_jax.sharding import fit, make_mesh, partition_spec
+from qvlmoe_jax.sharding import BATCH, fit, make_mesh, partition_spec
 from qvlmoe_jax.splash import splash_attention
 from tests import tolerances
+from train import hlo
 from train.loss import token_losses
 
 MESHES = [
@@ -30,6 +31,8 @@ MESHES = [
     {"data": 2, "context": 4},
 ]
 by_mesh = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "_".join(f"{a}{n}" for a, n in sizes.items()))
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (8, 8)))
+"""Of a vocabulary whose shards have odd sizes."""
 ATTENTION = "BTD,DNH->BTNH", (16, 4, 6), "layers/self_attn/q_proj/weight"
 OUTPUT = "BTNH,NHD->BTD", (4, 6, 16), "layers/self_attn/o_proj/weight"
 MERGER = "...D,DF->...F", (16, 24), "merger/linear_fc1/weight"
@@ -63,8 +66,7 @@ def test_products_agree(sizes: dict[str, Any], equation: str, shape: tuple[int, 
 
 @by_mesh
 def test_lookups_agree(sizes: dict[str, Any]) -> None:
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (8, 8)))
-    compare(lambda table: placed_lookup(table, ids, "embed_tokens/weight"), sizes, normal(1, 32, 6))
+    compare(lambda table: placed_lookup(table, IDS, "embed_tokens/weight"), sizes, normal(1, 40, 6))
 
 
 @by_mesh
@@ -80,28 +82,78 @@ def test_losses_agree(sizes: dict[str, Any], chunk: int) -> None:
     compare(sums, sizes, normal(0, 8, 8, 6), normal(1, 6, 32))
 
 
-def all_reduced(product: Callable[..., jax.Array]) -> float:
-    """Numbers all-reduced by the weight gradient of `product` over fsdp."""
+def sent(f: Callable[..., jax.Array], place: str, w: jax.Array, *inputs: jax.Array) -> dict[str, float]:
+    """Bytes on the wire for the gradient of `w` over fsdp 4 x expert 2, by kind of collective."""
+    sizes = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
     mesh = make_mesh(fsdp=4, expert=2)
-    place = ATTENTION[2]
     with jax.set_mesh(mesh):
-        w = normal(1, 16, 4, 6)
         placed = NamedSharding(mesh, partition_spec(place, w.shape, mesh))
-        x = jax.device_put(normal(0, 8, 8, 16), NamedSharding(mesh, fit((("fsdp", "expert"), None, None), (8, 8, 16), mesh)))
-        step = jax.jit(jax.grad(lambda w, x: jnp.sum(product(x, w) ** 2)), out_shardings=placed)
-        text = step.lower(jax.device_put(w, placed), x).compile().as_text() or ""
-    shapes = re.findall(r"= f32\[([\d,]*)\]\S* all-reduce\(", text)
-    return sum(float(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
+        given = [jax.device_put(x, NamedSharding(mesh, fit((BATCH, *[None] * (x.ndim - 1)), x.shape, mesh))) for x in inputs]
+        step = jax.jit(jax.grad(lambda w, *x: jnp.sum(f(w, *x) ** 2)), out_shardings=placed)
+        text = step.lower(jax.device_put(w, placed), *given).compile().as_text() or ""
+    moved: dict[str, float] = {}
+    for one in hlo.collectives(text, sizes):
+        moved[one.kind] = moved.get(one.kind, 0) + one.wire_bytes
+    return moved
+
+
+def gathered_and_scattered(size: int) -> dict[str, float]:
+    """The least for so many float32 weights: 7/8 of them there, 7/8 of their gradients back."""
+    return {"all-gather": 4 * size * 7 / 8, "reduce-scatter": 4 * size * 7 / 8}
+
+
+def of_product(product: Callable[..., jax.Array]) -> dict[str, float]:
+    equation, shape, place = ATTENTION
+    return sent(lambda w, x: product(equation, x, w), place, normal(1, *shape), normal(0, 8, 8, 16))
 
 
 def test_gradients_are_reduce_scattered() -> None:
-    equation, _, place = ATTENTION
-    assert all_reduced(lambda x, w: placed_einsum(equation, x, w, place, einsum)) == 0
+    found = of_product(lambda equation, x, w: placed_einsum(equation, x, w, ATTENTION[2], einsum))
+    assert found == gathered_and_scattered(16 * 4 * 6)
+
+
+@pytest.mark.parametrize("place", ["embed_tokens/weight", "lm_head/weight"])
+def test_gradients_of_odd_vocabularies_are_reduce_scattered(place: str) -> None:
+    if place.startswith("embed"):
+        found = sent(lambda table, ids: placed_lookup(table, ids, place), place, normal(1, 40, 6), IDS)
+    else:
+
+        def cross_entropy(head: jax.Array, hidden: jax.Array, ids: jax.Array) -> jax.Array:
+            return token_losses(hidden, head, ids, chunk_tokens=1000).cross_entropy
+
+        found = sent(cross_entropy, place, normal(1, 6, 40), normal(0, 8, 8, 6), IDS)
+    assert found == gathered_and_scattered(40 * 6)
 
 
 def test_the_partitioner_alone_all_reduces() -> None:
     """Why the collectives are stated: without that, this would be the program."""
-    assert all_reduced(lambda x, w: einsum(ATTENTION[0], x, w)) > 0
+    assert of_product(einsum)["all-reduce"] > 0
+
+
+@pytest.mark.parametrize("limit", [0, spread.WHOLE_HEAD], ids=["cut", "whole"])
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=["context", "all three"])
+def test_gradients_of_keys_are_reduce_scattered(sizes: dict[str, Any], limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of both lengths: the same numbers, and no all-reduce over context."""
+    monkeypatch.setattr(spread, "WHOLE_HEAD", limit)
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 4, axis=1))
+
+    backend = BackendConfig(attention="chunked", attention_chunk=4)
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, segment_ids=segments, causal=True, backend=backend)
+
+    arrays = normal(0, 2, 16, 4, 8), normal(1, 2, 16, 2, 8), normal(2, 2, 16, 2, 8)
+    compare(f, sizes, *arrays)
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        placed = [NamedSharding(mesh, fit((BATCH, "context", "tensor", None), a.shape, mesh)) for a in arrays]
+        step = jax.jit(jax.grad(lambda *a: jnp.sum(f(*a) ** 2), (1, 2)), out_shardings=(placed[1], placed[2]))
+        text = step.lower(*map(jax.device_put, arrays, placed)).compile().as_text() or ""
+    axes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1, **sizes}
+    found = hlo.collectives(text, axes)
+    assert {one.kind for one in found} == {"all-gather", "reduce-scatter"}
+    shards = sum(a.nbytes for a in arrays[1:]) / mesh.size
+    assert sum(one.wire_bytes for one in found if one.kind == "reduce-scatter") == shards * (sizes["context"] - 1)
 
 
 def test_a_decoding_step_is_left_to_the_partitioner() -> None:

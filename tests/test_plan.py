@@ -66,7 +66,14 @@ PROGRAM = """HloModule jit_train_step, is_scheduled=true
   ROOT %ar = (f32[100]{0}, /*index=1*/f32[25]{0}) all-reduce(%p, %q), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
 }
 
+%all-reduce-scatter.1 (input: bf16[8,36,128]) -> bf16[80,128] {
+  %pad = bf16[320,128]{1,0} pad(%bitcast, %zero), padding=0_32x0_0
+  %ar = bf16[320,128]{1,0} all-reduce(%pad), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %slice = bf16[80,128]{1,0} dynamic-slice(%ar, %mine, %zero), dynamic_slice_sizes={80,128}
+}
+
 ENTRY %main.2 (p: f32[8]) -> f32[8] {
+  %padded = bf16[80,128]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
   %loop = (s32[], bf16[64,32]) while(%t), condition=%outer_condition, body=%outer_body
   %start = ((bf16[64,32]), bf16[8,32], u32[]) async-start(%a), calls=%scatter
   %done = bf16[8,32] async-done(%start)
@@ -84,6 +91,7 @@ def test_collectives_are_counted_as_often_as_they_run() -> None:
     assert {key: one.wire_bytes for key, one in found.items()} == {
         ("all-gather", ("fsdp",), 21): 21 * whole * 3 / 4,  # 7 times inside 3 times
         ("reduce-scatter", ("fsdp", "expert"), 1): 8 * 32 * 2 * 7,
+        ("reduce-scatter", ("fsdp",), 1): 80 * 128 * 2 * 3,  # an all-reduce and its slice, as one fusion
         ("all-gather", ("fsdp",), 1): whole * 3 / 4,
         ("all-reduce", ("expert",), 1): 2 * 500 / 2,  # the dearer branch
         ("collective-permute", ("expert",), 1): 32,

@@ -1,11 +1,12 @@
 """Collectives read off a compiled program's text: what moves, over which mesh axes, how often.
 
 A loop's body is printed once; it counts as often as the loop runs, which is the constant its condition compares with
-(`cost_analysis` counts it once). A conditional counts its dearest branch.
+(`cost_analysis` counts it once). A conditional counts its dearest branch. Padding that the compiler adds is counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -27,6 +28,10 @@ _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+# How the TPU compiler prints a reduce-scatter whose shards it pads to whole tiles: a fusion of an all-reduce and each device's
+# slice of it, run by what runs reduce-scatter instructions (its emitter is an `AllReduceScatterFusion` too) and, on TPU v2, in
+# the time of one (https://jax-ml.github.io/scaling-book/profiling).
+_SCATTER_FUSION = "all-reduce-scatter"
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,10 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
         called = [name for name in _CALLED.findall(rhs) if name in program]
         if opcode == "conditional":
             yield from max((inside(name) for name in branches or called), key=lambda found: sum(c.wire_bytes for c in found))
+        elif opcode == "fusion" and any(name.startswith(_SCATTER_FUSION) for name in called):
+            for found in (found for name in called for found in inside(name)):
+                sent = wire_bytes("reduce-scatter", sum(shape_bytes(result)), found.size)
+                yield dataclasses.replace(found, kind="reduce-scatter", wire_bytes=sent)
         else:
             for name in called:
                 yield from inside(name)
