@@ -110,6 +110,17 @@ def test_keeping_float8_is_refused(flags: list[str], tmp_path: Path, capsys: Cap
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_scales_that_were_not_recorded_are_a_difference(tmp_path: Path, capsys: Captured) -> None:
+    source, *_ = write(tmp_path, tiny.TINY, SIXTEEN)
+    assert main(["hf2jax", str(source), str(tmp_path / "jax"), "--dtype", "bfloat16"]) == 0
+    record = tmp_path / "jax" / "conversion.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"scales": {}}))
+    capsys.readouterr()
+    assert main(["verify", str(source), str(tmp_path / "jax")]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "_scale_inv' has checksum" in err and "recorded None" in err
+
+
 @pytest.mark.parametrize("name", ["tiny", "dense_tied"])
 def test_the_way_back_is_a_plain_checkpoint(name: str, tmp_path: Path) -> None:
     """transformers loads it and finds the formula's numbers."""
