@@ -38,8 +38,9 @@ def attention(
 
     def local(_: None, q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, kv_segments: jax.Array) -> Any:
         first = jax.lax.axis_index("context") * q.shape[1] if spread and spread.q[1] else 0
+        block = backend.attention_block(q.shape[2])
         return blockwise_attention(
-            q, k, v, q_segments=q_segments, kv_segments=kv_segments, causal=causal, block=backend.attention_chunk, first=first
+            q, k, v, q_segments=q_segments, kv_segments=kv_segments, causal=causal, block=block, first=first
         )
 
     arrays = q_BTNH, k_BTKH, v_BTKH, segment_ids, segment_ids

@@ -14,6 +14,10 @@ log = logging.getLogger("qvlmoe_jax")
 DENSE_LENGTH = 128
 """Positions up to which all scores at once are quicker than blocks, where `attention` is `auto`."""
 
+SCORES_BYTES = 1 << 22
+"""Of one block in float32: what a core's cache holds. (On two cores 32 heads are quickest in blocks of 128, 16 of 256, 4 of 512.)
+"""
+
 _CHOICES = {
     "attention": ("auto", "dense", "chunked", "splash"),
     "experts": ("auto", "tiles", "ragged_dot"),
@@ -31,7 +35,7 @@ class BackendConfig:
       attention: `dense` holds all T x S scores; `chunked` holds one block of queries' and keys' scores at a time, so memory
         grows linearly with length, and skips blocks that share no segment; `splash` is the TPU's kernel, which skips blocks
         above the diagonal; `auto` takes splash on TPU, elsewhere chunked above 128 positions, dense below.
-      attention_chunk: queries, and keys, per block of the chunked kernel.
+      attention_chunk: most queries, and keys, per block of the chunked kernel (see `attention_block`).
       experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
         5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.
       dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis, `all_to_all` sends
@@ -44,7 +48,7 @@ class BackendConfig:
     """
 
     attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
-    attention_chunk: int = 256
+    attention_chunk: int = 512
     experts: Literal["auto", "tiles", "ragged_dot"] = "auto"
     dispatch: Literal["allgather", "all_to_all"] = "allgather"
     remat: Literal["none", "full", "dots"] = "none"
@@ -80,3 +84,11 @@ class BackendConfig:
         kernel = "chunked" if length > DENSE_LENGTH else "dense"
         log.info("attention kernel: %s (auto, %d queries)", kernel, length)
         return kernel
+
+    def attention_block(self, num_heads: int) -> int:
+        """Queries, and keys, per block of the chunked kernel: `attention_chunk`, halved until the scores of a block of all heads
+        take at most `SCORES_BYTES`."""
+        block = self.attention_chunk
+        while block % 2 == 0 and block > DENSE_LENGTH and 4 * num_heads * block**2 > SCORES_BYTES:
+            block //= 2
+        return block

@@ -142,7 +142,7 @@ def _scan(
             with jax.named_scope("attention"):
                 q, new_k, new_v = layer.self_attn.heads(layer.input_layernorm(x), rotary)
                 k, v = (_write(a, new, number, cache.length) for a, new in ((k, new_k), (v, new_v)))
-                heads = _attend(q, k, v, number, held, cache.length, text.backend.attention_chunk)
+                heads = _attend(q, k, v, number, held, cache.length, text.backend.attention_block(q.shape[2]))
                 x = x + layer.self_attn.o_proj(heads)
             x, _ = layer.feed_forward(x, segment_ids > 0, stacked_layer=index)
             if slot.first < levels:

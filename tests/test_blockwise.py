@@ -94,7 +94,8 @@ def test_small_pictures_beside_a_big_one_cost_what_they_need() -> None:
     batch = Batch.from_hf(config, input_ids=ids, pixel_values=pixels, image_grid_thw=grids)
     rows = batch.patch_segment_ids[0]
     exact = int((grids.prod(1) ** 2).sum())
-    assert exact <= _pairs(rows, block=BackendConfig().attention_chunk, causal=False) <= 1.1 * exact
+    block = BackendConfig().attention_block(16)  # the tower's heads
+    assert exact <= _pairs(rows, block=block, causal=False) <= 1.1 * exact
     assert rows.size == len(pixels)  # no padding in the linear maps
 
 
@@ -206,3 +207,9 @@ def run_forward(length: int) -> None:
     before = resident("VmRSS")
     jax.block_until_ready(run(model, batch))
     print(resident("VmHWM") - before)
+
+
+def test_blocks_fit_the_cache() -> None:
+    """The more heads, the smaller; what the user asks for is the most."""
+    assert [BackendConfig().attention_block(heads) for heads in (1, 4, 8, 16, 32, 64)] == [512, 512, 256, 256, 128, 128]
+    assert BackendConfig(attention_chunk=16).attention_block(1000) == 16
