@@ -140,10 +140,28 @@ def write_shards(
       specs: name -> (dtype, shape).
       blocks: as `write_safetensors` takes them.
       max_shard_bytes: of a file's data; a larger tensor gets a file of its own.
-      files_at_once: each in a thread of its own, in which its `blocks` are asked for.
+      files_at_once: above 1, each file is written in a thread of its own, in which its `blocks` are asked for.
     """
     directory = Path(directory)
     files = split_shards(specs, max_shard_bytes)
+    of_file = {directory / name: {key: specs[key] for key in keys} for name, keys in files.items()}
+    if files_at_once == 1:
+        for path, own in of_file.items():
+            write_safetensors(path, own, blocks)
+    else:
+        _write_side_by_side(of_file, blocks, files_at_once)
+    if len(files) == 1:
+        return
+    weight_map = {key: name for name, keys in files.items() for key in keys}
+    total = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for dtype, shape in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_side_by_side(
+    of_file: Mapping[Path, Mapping[str, TensorSpec]], blocks: Callable[[str], Iterable[np.ndarray]], at_once: int
+) -> None:
+    """`write_safetensors` for each file in a thread of its own. The first failure stops the others and is raised."""
     stop = Event()
 
     def until_stopped(key: str) -> Iterator[np.ndarray]:
@@ -152,11 +170,8 @@ def write_shards(
                 raise InterruptedError("another file could not be written")
             yield block
 
-    with ThreadPoolExecutor(files_at_once) as pool:
-        writing = [
-            pool.submit(write_safetensors, directory / name, {key: specs[key] for key in keys}, until_stopped)
-            for name, keys in files.items()
-        ]
+    with ThreadPoolExecutor(at_once) as pool:
+        writing = [pool.submit(write_safetensors, path, own, until_stopped) for path, own in of_file.items()]
         try:
             for file in as_completed(writing):
                 file.result()
@@ -164,9 +179,3 @@ def write_shards(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    if len(files) == 1:
-        return
-    weight_map = {key: name for name, keys in files.items() for key in keys}
-    total = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for dtype, shape in specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -155,3 +158,32 @@ def test_a_link_inside_the_directory_is_followed(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"x": np.ones(3, np.float32)}, tmp_path / "weights.safetensors")
     (tmp_path / "model.safetensors").symlink_to("weights.safetensors")
     assert SafetensorsCheckpoint(tmp_path).tensors.keys() == {"x"}
+
+
+def test_files_side_by_side_hold_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {f"t{i}": np.random.default_rng(i).normal(size=(40, i + 1)) for i in range(12)}
+    for name, at_once in (("one", 1), ("three", 3)):
+        (tmp_path / name).mkdir()
+        write_shards(
+            tmp_path / name, specs_of(tensors), lambda key: [tensors[key]], max_shard_bytes=8000, files_at_once=at_once
+        )
+    written = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(written) > 4 and written == sorted(path.name for path in (tmp_path / "three").iterdir())
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes() for name in written)
+
+
+def test_one_file_that_fails_stops_the_others(tmp_path: Path) -> None:
+    tensors = {f"t{i}": np.zeros(1000) for i in range(4)}
+    read: list[str] = []
+
+    def blocks(key: str) -> Iterator[np.ndarray]:
+        if key == "t1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        for row in tensors[key]:
+            read.append(key)
+            time.sleep(0.001)
+            yield row[None]
+
+    with pytest.raises(OSError, match="No space left"):
+        write_shards(tmp_path, specs_of(tensors), blocks, max_shard_bytes=8000, files_at_once=2)
+    assert 0 < len(read) < 1000  # the file beside it was not finished, the others not begun
