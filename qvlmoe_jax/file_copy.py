@@ -12,7 +12,7 @@ import numpy as np
 _CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 """What file systems say that do not copy from file to file."""
 WRITE_BYTES = 1 << 20
-"""Of one call. For larger ones ext4 takes memory in larger pieces: a third of the speed where a machine's host had to give them."""
+"""Of one call. For larger ones ext4 takes memory in larger pieces: a third of the speed where a host had to give them first."""
 
 
 class MappedFile(mmap.mmap):
