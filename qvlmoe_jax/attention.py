@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.blockwise import blockwise_attention
+from qvlmoe_jax.flash import flash_attention, flash_serves
 from qvlmoe_jax.layers import einsum
 from qvlmoe_jax.splash import splash_attention
 from qvlmoe_jax.spread import Spread
@@ -31,6 +32,8 @@ def attention(
     T = q_BTNH.shape[1]
     if backend.attention == "splash":
         return splash_attention(q_BTNH, k_BTKH, v_BTKH, q_segments=segment_ids, kv_segments=segment_ids, causal=causal)
+    if backend.attention == "flash" and flash_serves(q_BTNH.dtype, causal=causal):
+        return flash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids, causal=causal)
     if backend.attention_kernel(T) == "dense":
         return dense_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=segment_ids, causal=causal)
 

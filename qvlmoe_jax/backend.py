@@ -19,7 +19,7 @@ SCORES_BYTES = 1 << 22
 """
 
 _CHOICES = {
-    "attention": ("auto", "dense", "chunked", "splash"),
+    "attention": ("auto", "dense", "chunked", "splash", "flash"),
     "experts": ("auto", "tiles", "ragged_dot"),
     "dispatch": ("allgather", "all_to_all"),
     "remat": ("none", "full", "dots"),
@@ -34,7 +34,8 @@ class BackendConfig:
     Attributes:
       attention: `dense` holds all T x S scores; `chunked` holds one block of queries' and keys' scores at a time, so memory
         grows linearly with length, and skips blocks that share no segment; `splash` is the TPU's kernel, which skips blocks
-        above the diagonal; `auto` takes splash on TPU, elsewhere chunked above 128 positions, dense below.
+        above the diagonal; `flash` is the GPU's (not yet run on one; float32 and context parallelism fall back to chunked);
+        `auto` takes splash on TPU, elsewhere chunked above 128 positions, dense below.
       attention_chunk: most queries, and keys, per block of the chunked kernel (see `attention_block`).
       experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
         5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.
@@ -47,7 +48,7 @@ class BackendConfig:
       ConfigError: a value outside the choices, named.
     """
 
-    attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
+    attention: Literal["auto", "dense", "chunked", "splash", "flash"] = "auto"
     attention_chunk: int = 512
     experts: Literal["auto", "tiles", "ragged_dot"] = "auto"
     dispatch: Literal["allgather", "all_to_all"] = "allgather"
@@ -67,7 +68,14 @@ class BackendConfig:
         """The same choices with `auto` settled for `platform` (`cpu`, `gpu`, `tpu`), and logged.
 
         `attention="auto"` stays where there is no splash kernel: it depends on each call's length.
+
+        Raises:
+          ConfigError: a kernel of another platform.
         """
+        own = {"splash": "tpu", "flash": "gpu"}.get(self.attention, platform)
+        if own != platform:
+            what = f"BackendConfig.attention = {self.attention!r} is a kernel for {own}, this is {platform}"
+            raise ConfigError(f"{what}; expected auto")
         changes: dict[str, Any] = {}
         if self.experts == "auto":
             changes["experts"] = "tiles" if platform == "cpu" else "ragged_dot"
@@ -78,7 +86,7 @@ class BackendConfig:
         return dataclasses.replace(self, **changes)
 
     def attention_kernel(self, length: int) -> Literal["dense", "chunked"]:
-        """The kernel for `length` queries where splash does not serve."""
+        """The kernel for `length` queries where splash and flash do not serve."""
         if self.attention in ("dense", "chunked"):
             return self.attention
         kernel = "chunked" if length > DENSE_LENGTH else "dense"
