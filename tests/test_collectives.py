@@ -212,5 +212,3 @@ def test_splash_is_what_auto_means_on_tpu() -> None:
     assert BackendConfig(attention="splash").attention_kernel(1024) == "chunked"  # a chunk of a prefill
     with pytest.raises(ConfigError, match="splash"):
         BackendConfig(attention="magic")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match="'splash' is a kernel for tpu, this is gpu"):
-        BackendConfig(attention="splash").resolve("gpu")
