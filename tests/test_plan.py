@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -312,3 +313,31 @@ def test_a_tpu_program_is_compiled_and_read(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["memory_bytes"]["peak"] > 0 and figures["collectives"]
     assert jnp.isfinite(figures["roofline"]["best"])
+
+
+def test_a_sweep_compares_what_programs_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second by the formula is the quickest once compiled; the third does not fit; the fourth cannot be quicker."""
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_config(CONFIGS / "30b-v5p-4x4x4.yaml")
+    where = topology.Topology.parse("v5p:4x4x4")
+    choices = {rows: dataclasses.replace(config, data=dataclasses.replace(config.data, batch_rows=rows)) for rows in (1, 2, 4, 8)}
+    formula = {1: 1.0, 2: 2.0, 4: 3.0, 8: 4.0}
+    compiled = {1: (9.0, True), 2: (3.5, True), 4: (3.2, False), 8: (4.0, True)}  # seconds per token, fits
+    monkeypatch.setattr(plan, "candidates", lambda *_: [plan.Candidate(choices[rows], s) for rows, s in formula.items()])
+    done: list[int] = []
+
+    def make_plan(config: TrainConfig, _: Any) -> Any:
+        rows = config.data.batch_rows
+        done.append(rows)
+        seconds, fits = compiled[rows]
+        program = SimpleNamespace(memory={"peak": 1.0})
+        estimate = roofline.Estimate(compute=1e-9, hbm=1e-9, ici_fast=1e-9, ici_slow=seconds * 10, model=1.0)
+        return SimpleNamespace(config=config, roofline=estimate, tokens=10, program=program, fits=fits)
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    said: list[str] = []
+    best = plan.sweep(config, where, programs=4, say=said.append)
+    assert best is not None and best.config.data.batch_rows == 2
+    assert done == [1, 2, 4]
+    assert "9000000000.00 by what it sends" in said[1] and said[3].endswith("does not fit")
+    assert plan.sweep(config, where, programs=0, say=said.append) is None and "none of these fits" in said[-1]
