@@ -119,7 +119,8 @@ def test_groups_in_every_spelling(text: str, axes: tuple[str, ...], size: int) -
 
 def step_config(tmp_path: Path, mesh: dict[str, int], *, described: Any = None, **changes: Any) -> TrainConfig:
     """A small model and step whose shapes every mesh axis of 2 and 4 divides. `described` changes the model."""
-    described = tiny.variant(tiny.variant(training.SMALL, text_config={"vocab_size": 256}), **(described or {}))
+    divided = {"text_config": {"vocab_size": 256}, "vision_config": {"num_position_embeddings": 64}}
+    described = tiny.variant(tiny.variant(training.SMALL, **divided), **(described or {}))
     data = {
         "sources": [{"path": "unused.jsonl"}],
         "sequence_length": 256,
