@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from qvlmoe_jax.splash import padded
 from qvlmoe_jax.spread import Spread, context_shards
 
 _BLOCK, _BLOCK_BACKWARD = 128, 32
@@ -37,9 +38,7 @@ def flash_attention(
     from jax.experimental.pallas.ops.gpu import attention as kernel
 
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    pad = -T % _BLOCK
-    q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q_BTNH, k_BTKH, v_BTKH))
-    segments = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    q, k, v, segments = (padded(a, 1, _BLOCK) for a in (q_BTNH, k_BTKH, v_BTKH, segment_ids))
     small = _BLOCK_BACKWARD
     sizes = kernel.BlockSizes(
         block_q=_BLOCK, block_k=_BLOCK, block_q_dkv=small, block_kv_dkv=small, block_q_dq=small, block_kv_dq=small

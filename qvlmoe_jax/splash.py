@@ -25,7 +25,8 @@ def _block(length: int, most: int) -> int:
     return next(size for size in (most, most // 2, most // 4, _LANES) if length % size == 0 and size % _LANES == 0)
 
 
-def _padded(x: jax.Array, dim: int, multiple: int) -> jax.Array:
+def padded(x: jax.Array, dim: int, multiple: int) -> jax.Array:
+    """`x` with zeros after the end of `dim`, up to a multiple."""
     pad = -x.shape[dim] % multiple
     return jnp.pad(x, [(0, pad if i == dim else 0) for i in range(x.ndim)]) if pad else x
 
@@ -77,9 +78,9 @@ def splash_attention(
     shards = context_shards(causal=causal)
     # The kernel has no scale: it goes into q, in float32, rounded once.
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(dtype)
-    q, k, v = (_padded(a, 3, _LANES) for a in (q_BTNH, k_BSKH, v_BSKH))
-    q, q_segments = _padded(q, 1, _LANES * shards), _padded(q_segments, 1, _LANES * shards)
-    k, v, kv_segments = (_padded(a, 1, _LANES * shards) for a in (k, v, kv_segments))
+    q, k, v = (padded(a, 3, _LANES) for a in (q_BTNH, k_BSKH, v_BSKH))
+    q, q_segments = padded(q, 1, _LANES * shards), padded(q_segments, 1, _LANES * shards)
+    k, v, kv_segments = (padded(a, 1, _LANES * shards) for a in (k, v, kv_segments))
 
     def local(splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, kv_seg: jax.Array) -> jax.Array:
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
