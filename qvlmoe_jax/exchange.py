@@ -8,11 +8,12 @@ S tokens of this device, k choices, R = S*k rows, D hidden, W devices on the `ex
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
+from qvlmoe_jax.sharding import active_mesh, on_cpus
 
 
 def _stand_in(
@@ -39,12 +40,8 @@ def _stand_in(
 
 
 def ragged_all_to_all(*arguments: jax.Array, axis_name: str) -> jax.Array:
-    """`jax.lax.ragged_all_to_all`, or its stand-in when the program is lowered for the CPU."""
-    return jax.lax.platform_dependent(
-        *arguments,
-        cpu=functools.partial(_stand_in, axis_name=axis_name),
-        default=functools.partial(jax.lax.ragged_all_to_all, axis_name=axis_name),
-    )
+    """`jax.lax.ragged_all_to_all`, or its stand-in on a mesh of CPU devices."""
+    return (_stand_in if on_cpus(active_mesh()) else jax.lax.ragged_all_to_all)(*arguments, axis_name=axis_name)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from qvlmoe_jax.generation_config import GenerationConfig
 from qvlmoe_jax.layers import Embed, Linear, einsum, truncated_normal
 from qvlmoe_jax.moe import RouterStats
 from qvlmoe_jax.sharding import BATCH, PICTURES, constrain, tree_shardings
-from qvlmoe_jax.text import Qwen3VLMoeTextModel, TextOutput
+from qvlmoe_jax.text import HIDDEN, Qwen3VLMoeTextModel, TextOutput
+from qvlmoe_jax.turns import weights_in_turn
 from qvlmoe_jax.vision import Qwen3VLMoeVisionModel
 
 
@@ -120,8 +121,12 @@ class Qwen3VLMoeModel(nnx.Module):
           input_ids, visual_index: `[B,T]`, any run of a batch's columns.
           visual: what `visual_features` returned; None = no pictures.
         """
+        table = self.language_model.embed_tokens
+        if visual is not None:
+            tokens, table = weights_in_turn(visual[0], table, "embed_tokens", (BATCH, None, None))
+            visual = tokens, visual[1]
         with jax.named_scope("embed"):
-            x = self.language_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            x = table(input_ids) if inputs_embeds is None else inputs_embeds
         if visual is None:
             return x, None
         with jax.named_scope("fusion"):
@@ -224,9 +229,11 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The head: `[B,T,D]` normed hidden states -> `[B,T,V]`."""
         if self.lm_head is None:
-            logits = einsum("BTD,VD->BTV", hidden, self.model.language_model.embed_tokens.weight[...])
+            hidden, table = weights_in_turn(hidden, self.model.language_model.embed_tokens, "embed_tokens", HIDDEN)
+            logits = einsum("BTD,VD->BTV", hidden, table.weight[...])
         else:
-            logits = self.lm_head(hidden)
+            hidden, lm_head = weights_in_turn(hidden, self.lm_head, "lm_head", HIDDEN)
+            logits = lm_head(hidden)
         return constrain(logits, BATCH, "context", "tensor")
 
     @classmethod

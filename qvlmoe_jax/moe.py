@@ -25,6 +25,7 @@ from qvlmoe_jax.experts_stacked import STACKED_KERNELS
 from qvlmoe_jax.layers import Linear, einsum
 from qvlmoe_jax.quantised import QuantisedWeight
 from qvlmoe_jax.sharding import BATCH, active_mesh, fit, partition_spec
+from qvlmoe_jax.turns import in_turn
 
 
 @jax.tree_util.register_dataclass
@@ -164,12 +165,14 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         down_spec = partition_spec("layers/mlp/experts/down_proj", down.shape, mesh)
         adapter_specs = {name: partition_spec(f"layers/mlp/experts/{name}", a.shape, mesh) for name, a in adapters.items()}
         layout = _Layout.of(tokens, gate_spec, gate_up_spec, down_spec, adapter_specs)
-        return jax.shard_map(
+        y, stats = jax.shard_map(
             functools.partial(self._device, layout=layout),
             in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, adapter_specs, P(), P()),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
         )(x_BTD, valid_BT, gate, gate_up, down, adapters, stacked_layer, bias_E)
+        stats, y = in_turn(stats, y, (), (BATCH, "context", None))
+        return y, stats
 
     def _choose(
         self, x_SD: jax.Array, valid_S: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None

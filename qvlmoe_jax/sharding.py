@@ -28,6 +28,7 @@ __all__ = [
     "constrain",
     "fit",
     "make_mesh",
+    "on_cpus",
     "partition_spec",
     "shard_batch",
     "table_row",
@@ -99,6 +100,12 @@ def active_mesh() -> Any | None:
     """The mesh set by `jax.set_mesh`, or None: everything builds and runs without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def on_cpus(mesh: Any | None) -> bool:
+    """Whether a mesh's devices are CPUs: where the program will run, which need not be where it is traced."""
+    device = None if mesh is None else mesh.abstract_device
+    return device is not None and device.platform == "cpu"
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:

@@ -22,6 +22,10 @@ from qvlmoe_jax.moe import Qwen3VLMoeTextSparseMoeBlock, RouterStats
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, text_rotary
 from qvlmoe_jax.sharding import BATCH, constrain
+from qvlmoe_jax.turns import weights_in_turn
+
+HIDDEN = (BATCH, "context", None)
+"""How hidden states `[B,T,D]` lie on a mesh."""
 
 
 class Qwen3VLMoeTextAttention(nnx.Module):
@@ -112,7 +116,7 @@ class Qwen3VLMoeTextDecoderLayer(nnx.Module):
             y, stats = self.mlp(normed, valid, stacked_layer, router_bias)
         else:
             y, stats = self.mlp(normed), None
-        return constrain(x + y, BATCH, "context", None), stats
+        return constrain(x + y, *HIDDEN), stats
 
 
 class TextOutput(NamedTuple):
@@ -188,7 +192,7 @@ class Qwen3VLMoeTextModel(nnx.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         x = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
-        x = constrain(jnp.asarray(x), BATCH, "context", None)
+        x = constrain(jnp.asarray(x), *HIDDEN)
         B, T, _ = x.shape
         if segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
@@ -204,7 +208,8 @@ class Qwen3VLMoeTextModel(nnx.Module):
             x, outputs = self._scan(run, x, rotary, segment_ids, deepstack, output_hidden_states, bias)
             done += run.repeats * width
             collected.append(outputs)
-        x = self.norm(x)
+        x, norm = weights_in_turn(x, self.norm, "language_model/norm", HIDDEN)
+        x = norm(x)
         layer_outputs, stats = zip(*collected, strict=True)
         hidden = jnp.concatenate([before, *layer_outputs])[:-1] if output_hidden_states else None
         return TextOutput(x, _concatenate(stats), None if hidden is None else jnp.concatenate([hidden, x[None]]))
@@ -248,6 +253,7 @@ class Qwen3VLMoeTextModel(nnx.Module):
             rows = iter(() if biases is None else biases)
             hidden, stats = [], []
             for slot, layer in zip(run.slots, layers, strict=True):
+                x, layer = weights_in_turn(x, layer, "layers", HIDDEN)
                 x, layer_stats = layer(x, rotary, segment_ids, next(rows, None) if slot.kind == "moe" else None)
                 hidden.append(x)
                 stats.append(layer_stats)

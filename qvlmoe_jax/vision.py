@@ -20,6 +20,11 @@ from qvlmoe_jax.config import Qwen3VLMoeVisionConfig
 from qvlmoe_jax.layers import Embed, LayerNorm, Linear, gelu, stack
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, vision_rotary
+from qvlmoe_jax.sharding import PICTURES
+from qvlmoe_jax.turns import in_turn, weights_in_turn
+
+PATCHES = (PICTURES, None, None)
+"""How patches or visual tokens `[...,R,P,D]` lie on a mesh."""
 
 
 class Qwen3VLMoeVisionAttention(nnx.Module):
@@ -164,7 +169,16 @@ class Qwen3VLMoeVisionModel(nnx.Module):
         x = self.embed(pixel_values, pos_index, pos_weight)
         rotary = vision_rotary(coords, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         taps = sorted(self.config.deepstack_visual_indexes)
-        run = rematerialised(lambda x, block: block(x, rotary, segment_ids), self.backend)
+
+        def through(x: jax.Array, block: Qwen3VLMoeVisionBlock) -> jax.Array:
+            x, block = weights_in_turn(x, block, "blocks", PATCHES)
+            return block(x, rotary, segment_ids)
+
+        def merge(_: None, tap: tuple[Qwen3VLMoeVisionPatchMerger, jax.Array]) -> tuple[None, jax.Array]:
+            x, merger = weights_in_turn(tap[1], tap[0], "deepstack_merger_list", PATCHES)
+            return None, merger(x)
+
+        run = rematerialised(through, self.backend)
 
         # ONE scan, so one body to compile. Every block writes its output over its predecessor's, in the slot of the next tap: a
         # tap's output is the last in its slot. (Collecting every block's output to pick K would cost depth/K times the memory.)
@@ -177,12 +191,14 @@ class Qwen3VLMoeVisionModel(nnx.Module):
         slots = np.searchsorted(taps, np.arange(self.config.depth)).astype(np.int32)
         tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
         (x, tapped), _ = jax.lax.scan(body, (x, tapped), (slots, self.blocks))
-        tokens = self.merger(x)
+        x, merger = weights_in_turn(x, self.merger, "merger", PATCHES)
+        tokens = merger(x)
         if not taps or self.deepstack_merger_list is None:
             return tokens, jnp.zeros((0, *tokens.shape), tokens.dtype)
         order = np.argsort(self.config.deepstack_visual_indexes)
         mergers = self.deepstack_merger_list
         if (np.diff(order) < 0).any():  # the list names its taps out of order; merger i belongs to the list's entry i
             mergers = jax.tree.map(lambda p: p[order], mergers)
-        _, deepstack = jax.lax.scan(lambda _, tap: (None, tap[0](tap[1])), None, (mergers, tapped[:-1]))
+        tokens, tapped = in_turn(tokens, tapped, PATCHES, PATCHES)
+        _, deepstack = jax.lax.scan(merge, None, (mergers, tapped[:-1]))
         return tokens, deepstack

@@ -122,8 +122,8 @@ def environment(devices: int, cache: Path) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        # the last one: half the time to compile, for these runs are short
-        "XLA_FLAGS": f"{SHARED_CORES} --xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0",
+        # half the time to compile, for these runs are short
+        "XLA_FLAGS": f"{SHARED_CORES} --xla_backend_optimization_level=0",
         "NPROC": "64",
     }
 

@@ -15,6 +15,7 @@ from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.quantised_base import QuantisedBase
 from qvlmoe_jax.sharding import make_mesh, partition_spec, shard_batch, tree_shardings
 from tests import lora_cases, tolerances
+from tests.collective_order import loose
 from tests.hf_checkpoints import random_hf_tensors
 from tests.test_mesh_training import MESHES, SMALL, build, make_batch
 from train.step import forward_losses
@@ -78,7 +79,8 @@ def test_loss_and_adapters_gradients_are_one_devices(
     expected, expected_grads = one_device[quantization]
     placed = model.with_params(jax.tree.map(jax.device_put, model.params(), tree_shardings(model.params(), mesh)))
     with jax.set_mesh(mesh):
-        loss, grads, _ = loss_and_gradients(placed, shard_batch(make_batch(8), mesh))
+        loss, grads, program = loss_and_gradients(placed, shard_batch(make_batch(8), mesh))
+    assert not loose(program.as_text())
     assert loss == pytest.approx(expected, rel=1e-5)
     assert grads.keys() == expected_grads.keys()
     worst = max(float(np.linalg.norm(grads[p] - g) / np.linalg.norm(g)) for p, g in expected_grads.items())

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from qvlmoe_jax import hf
 from qvlmoe_jax.sharding import batch_shardings, make_mesh, partition_spec
+from tests.collective_order import loose
 from tests.test_plan import step_config
 from train import aot, hlo
 from train.config import TrainConfig
@@ -102,6 +103,25 @@ def test_experts_weights_do_not_move_under_expert_parallelism(
     if dispatch == "allgather":  # the same look sees them where they are gathered
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert=1, fsdp=8))
         assert largest(compiled(config, capfd)[1]) >= one_of_three_matrices
+
+
+@pytest.mark.parametrize(
+    "sizes, dispatch, accumulation",
+    [
+        pytest.param({"fsdp": 4, "expert": 2}, "allgather", 1, id="fsdp expert"),
+        pytest.param({"tensor": 2, "context": 2, "expert": 2}, "allgather", 1, id="context", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "expert": 2}, "all_to_all", 2, id="all_to_all", marks=pytest.mark.slow),
+        pytest.param({"tensor": 2, "fsdp": 4}, "allgather", 1, id="tensor", marks=pytest.mark.soak),
+        pytest.param({"fsdp": 8}, "allgather", 1, id="fsdp", marks=pytest.mark.soak),
+    ],
+)
+def test_devices_run_the_steps_collectives_in_one_order(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], sizes: dict[str, int], dispatch: Any, accumulation: int
+) -> None:
+    config = step_config(tmp_path, sizes, loss={"aux_loss": 0.01, "router_z_loss": 0.001}, router={"bias_update_rate": 0.001})
+    config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, dispatch=dispatch))
+    program, _ = compiled(config, capfd, accumulation=accumulation)
+    assert not loose(program.hlo)
 
 
 @pytest.mark.soak

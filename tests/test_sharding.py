@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, hf
+from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, hf, turns
 from qvlmoe_jax.lora import PARTS, LoraConfig, adapter_shapes
 from qvlmoe_jax.model import gather_visual
 from qvlmoe_jax.param_tree import flatten
 from qvlmoe_jax.sharding import AXES, BATCH, TABLE, fit, make_mesh, partition_spec, shard_batch, table_row, tree_shardings
 from tests import cases, hub_configs, ours, tiny, tolerances
+from tests.collective_order import loose
 from tests.hf_checkpoints import random_hf_tensors
 
 REAL = {"30b": hub_configs.HUB_30B, "235b": hub_configs.HUB_235B}
@@ -230,6 +231,22 @@ def test_the_visual_gather_needs_no_collective() -> None:
     with jax.set_mesh(mesh):
         hlo = jax.jit(flattened, out_shardings=sharding).lower(features, index).compile().as_text() or ""
     assert COLLECTIVE.search(hlo)
+
+
+def test_devices_run_the_forward_collectives_in_one_order(
+    model: Qwen3VLMoeForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = make_mesh(fsdp=4)
+    batch = shard_batch(_eight_rows(tiny.TINY, groups=2), mesh)
+
+    def compiled() -> str:
+        with jax.set_mesh(mesh):
+            run = jax.jit(lambda model, batch: model(batch).logits)
+            return run.lower(_on(mesh, model), batch).compile().as_text() or ""
+
+    assert not loose(compiled())
+    monkeypatch.setattr(turns, "_cpu_mesh", lambda: None)
+    assert loose(compiled())  # what would be seen without
 
 
 def test_a_text_only_batch_runs_on_a_mesh(model: Qwen3VLMoeForConditionalGeneration) -> None:

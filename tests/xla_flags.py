@@ -13,7 +13,3 @@ SHARED_CORES = " ".join(
     ]
 )
 EIGHT_DEVICES = f"{SHARED_CORES} --xla_force_host_platform_device_count=8"
-"""XLA:CPU may run independent collectives of one program at once, in another order on each device; all those of a `shard_map`
-have the same id, so devices then mix them up: NaN, "Id can't be larger than the number of participating threads", standstill.
-Which programs it meets depends on the schedule: with `--xla_cpu_enable_concurrency_optimized_scheduler=false` tests/pod.py's is
-spared and adapters on expert8 with all-to-all are not, without it the reverse (jaxlib 0.10.2)."""

@@ -20,6 +20,7 @@ from qvlmoe_jax import Batch
 from qvlmoe_jax.collectives import axes_of
 from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.sharding import active_mesh, batch_specs, constrain, table_row
+from qvlmoe_jax.turns import together
 
 Micro = Callable[[Any, Batch], tuple[Any, Any]]
 """`(constants, microbatch) -> (gradients, sums)`, both to be added up."""
@@ -28,6 +29,11 @@ Micro = Callable[[Any, Batch], tuple[Any, Any]]
 def pinned(grads: dict[str, Any]) -> dict[str, Any]:
     """Gradients out of scan and checkpoint can lose their fsdp axis; the table says where they live."""
     return nest({path: constrain(leaf, *table_row(path)) for path, leaf in flatten(grads).items()})
+
+
+def settled(grads: dict[str, Any]) -> dict[str, Any]:
+    """What reduces gradients further waits for all of them (`qvlmoe_jax.turns`)."""
+    return nest(together(flatten(grads)))
 
 
 def accumulate(micro: Micro, constants: Any, batch: Batch) -> tuple[Any, Any]:
@@ -40,7 +46,7 @@ def accumulate(micro: Micro, constants: Any, batch: Batch) -> tuple[Any, Any]:
 
     def one(constants: Any, microbatch: Batch) -> tuple[Any, Any]:
         grads, sums = micro(constants, microbatch)
-        return pinned(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums
+        return settled(pinned(jax.tree.map(lambda g: g.astype(jnp.float32), grads))), sums
 
     def own(constants: Any, batch: Batch) -> tuple[Any, Any]:
         first = jax.tree.map(lambda a: a[0], batch)

@@ -103,6 +103,16 @@ def _opcode(rhs: str) -> tuple[str, str]:
     return (match[1], rhs[: match.start(1)]) if match else ("", rhs)
 
 
+def is_collective(rhs: str) -> bool:
+    """Whether an instruction (its right-hand side) is one of KINDS, or the start of one."""
+    return _opcode(rhs)[0].removesuffix("-start") in KINDS
+
+
+def called(rhs: str) -> list[str]:
+    """The computations that an instruction (its right-hand side) runs: bodies, conditions, branches, fusions."""
+    return [*_CALLED.findall(rhs), *(name.strip().lstrip("%") for names in _BRANCHES.findall(rhs) for name in names.split(","))]
+
+
 def groups(text: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
     """Axes and size of the replica groups an instruction prints, in any of XLA's spellings.
 
@@ -178,16 +188,15 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
             for found in inside(body[1]):
                 yield _repeated(found, trip_count(condition[1], program))
             return
-        branches = [name.strip().lstrip("%") for match in _BRANCHES.findall(rhs) for name in match.split(",")]
-        called = [name for name in _CALLED.findall(rhs) if name in program]
+        parts = [name for name in called(rhs) if name in program]
         if opcode == "conditional":
-            yield from max((inside(name) for name in branches or called), key=lambda found: sum(c.wire_bytes for c in found))
-        elif opcode == "fusion" and any(name.startswith(_SCATTER_FUSION) for name in called):
-            for found in (found for name in called for found in inside(name)):
+            yield from max((inside(name) for name in parts), key=lambda found: sum(c.wire_bytes for c in found))
+        elif opcode == "fusion" and any(name.startswith(_SCATTER_FUSION) for name in parts):
+            for found in (found for name in parts for found in inside(name)):
                 sent = wire_bytes("reduce-scatter", sum(shape_bytes(result)), found.size)
                 yield dataclasses.replace(found, kind="reduce-scatter", wire_bytes=sent)
         else:
-            for name in called:
+            for name in parts:
                 yield from inside(name)
 
     return list(inside(entry))

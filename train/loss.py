@@ -15,6 +15,7 @@ from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.batch import IGNORED_LABEL
 from qvlmoe_jax.collectives import axes_of, gather
 from qvlmoe_jax.sharding import BATCH, VOCAB, active_mesh, fit
+from qvlmoe_jax.turns import in_turn
 
 
 @jax.tree_util.register_dataclass
@@ -112,6 +113,7 @@ def token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Arra
         return _chunked(hidden_BTD, head_DV, targets_BT, chunk_tokens, None)
     rows = fit((BATCH, "context", None), hidden_BTD.shape, mesh)
     head = fit((None, VOCAB), head_DV.shape, mesh)
+    hidden_BTD, head_DV = in_turn(hidden_BTD, head_DV, (BATCH, "context", None), (None, VOCAB))
     vocab_axis = "tensor" if "tensor" in axes_of(head[1]) else None
 
     def local(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array) -> TokenLosses:

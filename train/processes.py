@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from train.config import DistributedConfig
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # as jax asks for them
-CPU_FLAG = "xla_cpu_enable_concurrency_optimized_scheduler"
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 
@@ -76,15 +75,9 @@ def arguments(config: DistributedConfig, environment: Mapping[str, str]) -> dict
 def initialize(config: DistributedConfig) -> None:
     """Starts jax.distributed where the config or the environment asks for it. Call it before anything else of jax.
 
-    On the CPU it also turns XLA's concurrent scheduler off: with it, programs of several devices gave wrong sums, aborted or
-    stood still (jaxlib 0.10.2). The likely cause is that devices reach independent collectives of one number in other orders.
-
     Raises:
       ConfigError: incomplete settings. TrainingError: the other processes were not there in time.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if os.environ.get("JAX_PLATFORMS") == "cpu" and CPU_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --{CPU_FLAG}=false"
     chosen = arguments(config, os.environ)
     if chosen is None:
         return

@@ -15,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.moe import RouterStats
+from qvlmoe_jax.text import HIDDEN
+from qvlmoe_jax.turns import after, batch_after
 from train.accumulate import accumulate
 from train.config import LossConfig, OptimizerConfig, RouterConfig
 from train.loss import TokenLosses, count_targets, head_weight, next_tokens, token_losses
@@ -33,7 +35,8 @@ def forward_losses(
     """Forward pass of one microbatch (no leading A): losses `[B,T]`, their targets `[B,T]`, and the router's sums."""
     out = model.model(batch, router_bias=router_bias)
     with jax.named_scope("loss"):
-        targets = next_tokens(batch.labels, batch.segment_ids)
+        labels, segments = (after(a, out.last_hidden_state, HIDDEN[:2], HIDDEN) for a in (batch.labels, batch.segment_ids))
+        targets = next_tokens(labels, segments)
         losses = token_losses(out.last_hidden_state, head_weight(model), targets, chunk_tokens=chunk_tokens)
     return losses, targets, out.router_stats
 
@@ -86,7 +89,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = jax.tree.map(jnp.asarray, batch)
-        tokens = jnp.maximum(count_targets(batch), 1)
+        targets, valid = count_targets(batch), jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
+        batch, tokens = batch_after(batch, [targets, valid]), jnp.maximum(targets, 1)
         with jax.named_scope("cast"):
             compute = jax.tree.map(lambda p: p.astype(compute_dtype), state.params)
         given = {
@@ -94,7 +98,7 @@ def make_train_step(
             "frozen": state.frozen,
             "router_bias": state.router_bias,
             "tokens": tokens,
-            "valid": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
+            "valid": valid,
             "share": jnp.float32(1 / batch.input_ids.shape[0]),
         }
         grads, (total, token_sums, stats, aux, router_z) = accumulate(micro, given, batch)
@@ -138,7 +142,7 @@ def make_train_step(
             "accuracy": token_sums.correct / tokens,
             "grad_norm": norm,
             "learning_rate": lr,
-            "tokens": count_targets(batch),
+            "tokens": targets,
             "bad_steps": new_state.bad_steps,
             "bad_in_a_row": new_state.bad_in_a_row,
             "router": stats,
