@@ -25,7 +25,7 @@ from qvlmoe_jax.experts_stacked import STACKED_KERNELS
 from qvlmoe_jax.layers import Linear, einsum
 from qvlmoe_jax.quantised import QuantisedWeight
 from qvlmoe_jax.sharding import BATCH, active_mesh, fit, partition_spec
-from qvlmoe_jax.turns import in_turn
+from qvlmoe_jax.turns import after, in_turn
 
 
 @jax.tree_util.register_dataclass
@@ -159,6 +159,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         if mesh is None:
             return self._device(x_BTD, valid_BT, gate, gate_up, down, adapters, stacked_layer, bias_E, layout=_Layout())
         tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
+        valid_BT = after(valid_BT, x_BTD, (BATCH, "context"), (BATCH, "context", None))
         # The weights are taken as the table left them, so entering the region moves nothing.
         gate_spec = partition_spec("layers/mlp/gate/weight", gate.shape, mesh)
         gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
