@@ -11,6 +11,7 @@ Accelerators run a program in one order anyway; for them, and without a mesh, no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ from qvlmoe_jax.sharding import active_mesh, batch_specs, fit, on_cpus, partitio
 
 T = TypeVar("T")
 Spec = Sequence[Any]
+_LOOP = re.compile(r"(.*/)?(visual|layers(/\d+)?)/")
+"""The parameters of one loop have this in common."""
 
 
 def _cpu_mesh() -> Any | None:
@@ -116,9 +119,13 @@ def batch_after(batch: T, scalars: Sequence[jax.Array]) -> T:
     return _held(batch, list(scalars), batch_specs(batch, mesh), [P()] * len(scalars))
 
 
-def together(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Parameters (or gradients) by path, each once all of them are there."""
+def together(grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Gradients by their parameters' paths, each once those that come out of loops are there: the tower's and the layers'.
+
+    (One gradient of each loop: its others come with it, and XLA repeats what it reads of them in every use.)
+    """
     if (mesh := _cpu_mesh()) is None:
-        return params
-    specs = {path: partition_spec(path, a.shape, mesh) for path, a in params.items()}
-    return _held(params, params, specs, specs)
+        return grads
+    specs = {path: partition_spec(path, a.shape, mesh) for path, a in grads.items()}
+    one_of = {found[0]: path for path in grads if (found := _LOOP.match(path))}
+    return _held(grads, [grads[path] for path in one_of.values()], specs, [specs[path] for path in one_of.values()])
