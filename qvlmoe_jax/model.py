@@ -22,8 +22,8 @@ from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.generation_config import GenerationConfig
 from qvlmoe_jax.layers import Embed, Linear, einsum, truncated_normal
 from qvlmoe_jax.moe import RouterStats
-from qvlmoe_jax.sharding import BATCH, PICTURES, constrain, tree_shardings
-from qvlmoe_jax.text import HIDDEN, Qwen3VLMoeTextModel, TextOutput
+from qvlmoe_jax.sharding import BATCH, HIDDEN, PICTURES, constrain, tree_shardings
+from qvlmoe_jax.text import Qwen3VLMoeTextModel, TextOutput
 from qvlmoe_jax.turns import weights_in_turn
 from qvlmoe_jax.vision import Qwen3VLMoeVisionModel
 

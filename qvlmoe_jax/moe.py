@@ -24,7 +24,7 @@ from qvlmoe_jax.experts_adapted import PRODUCTS, adapted_experts
 from qvlmoe_jax.experts_stacked import STACKED_KERNELS
 from qvlmoe_jax.layers import Linear, einsum
 from qvlmoe_jax.quantised import QuantisedWeight
-from qvlmoe_jax.sharding import BATCH, active_mesh, fit, partition_spec
+from qvlmoe_jax.sharding import HIDDEN, active_mesh, fit, partition_spec
 from qvlmoe_jax.turns import after, in_turn
 
 
@@ -158,8 +158,8 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         mesh = active_mesh()
         if mesh is None:
             return self._device(x_BTD, valid_BT, gate, gate_up, down, adapters, stacked_layer, bias_E, layout=_Layout())
-        tokens = fit((BATCH, "context"), valid_BT.shape, mesh)
-        valid_BT = after(valid_BT, x_BTD, (BATCH, "context"), (BATCH, "context", None))
+        tokens = fit(HIDDEN[:2], valid_BT.shape, mesh)
+        valid_BT = after(valid_BT, x_BTD, HIDDEN[:2], HIDDEN)
         # The weights are taken as the table left them, so entering the region moves nothing.
         gate_spec = partition_spec("layers/mlp/gate/weight", gate.shape, mesh)
         gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
@@ -172,7 +172,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
         )(x_BTD, valid_BT, gate, gate_up, down, adapters, stacked_layer, bias_E)
-        stats, y = in_turn(stats, y, (), (BATCH, "context", None))
+        stats, y = in_turn(stats, y, (), HIDDEN)
         return y, stats
 
     def _choose(

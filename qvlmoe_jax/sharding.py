@@ -13,12 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qvlmoe_jax.errors import ConfigError
-from qvlmoe_jax.sharding_table import AXES, BATCH, FSDP, PICTURES, TABLE, VOCAB, axes_of, table_row
+from qvlmoe_jax.sharding_table import AXES, BATCH, FSDP, HIDDEN, PICTURES, TABLE, VOCAB, axes_of, table_row
 
 __all__ = [
     "AXES",
     "BATCH",
     "FSDP",
+    "HIDDEN",
     "PICTURES",
     "TABLE",
     "VOCAB",

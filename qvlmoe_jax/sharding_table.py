@@ -11,6 +11,7 @@ from typing import Any
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH = ("data", "fsdp", "expert")
+HIDDEN = (BATCH, "context", None)  # hidden states [B,T,D]
 PICTURES = (*BATCH, "context")  # rows of patches: the tower would do the same work on every device of `context`
 # Parameters other than the experts have no expert dim; there the expert axis is one more axis of FSDP.
 FSDP = ("fsdp", "expert")

@@ -21,11 +21,8 @@ from qvlmoe_jax.layers import Embed, Linear, RMSNorm, stack, swiglu, truncated_n
 from qvlmoe_jax.moe import Qwen3VLMoeTextSparseMoeBlock, RouterStats
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, text_rotary
-from qvlmoe_jax.sharding import BATCH, constrain
+from qvlmoe_jax.sharding import BATCH, HIDDEN, constrain
 from qvlmoe_jax.turns import weights_in_turn
-
-HIDDEN = (BATCH, "context", None)
-"""How hidden states `[B,T,D]` lie on a mesh."""
 
 
 class Qwen3VLMoeTextAttention(nnx.Module):

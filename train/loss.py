@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.batch import IGNORED_LABEL
 from qvlmoe_jax.collectives import axes_of, gather
-from qvlmoe_jax.sharding import BATCH, VOCAB, active_mesh, fit
+from qvlmoe_jax.sharding import HIDDEN, VOCAB, active_mesh, fit
 from qvlmoe_jax.turns import in_turn
 
 
@@ -111,9 +111,9 @@ def token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Arra
     mesh = active_mesh()
     if mesh is None:
         return _chunked(hidden_BTD, head_DV, targets_BT, chunk_tokens, None)
-    rows = fit((BATCH, "context", None), hidden_BTD.shape, mesh)
+    rows = fit(HIDDEN, hidden_BTD.shape, mesh)
     head = fit((None, VOCAB), head_DV.shape, mesh)
-    hidden_BTD, head_DV = in_turn(hidden_BTD, head_DV, (BATCH, "context", None), (None, VOCAB))
+    hidden_BTD, head_DV = in_turn(hidden_BTD, head_DV, HIDDEN, (None, VOCAB))
     vocab_axis = "tensor" if "tensor" in axes_of(head[1]) else None
 
     def local(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array) -> TokenLosses:

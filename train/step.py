@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.moe import RouterStats
-from qvlmoe_jax.text import HIDDEN
+from qvlmoe_jax.sharding import HIDDEN
 from qvlmoe_jax.turns import after, batch_after
 from train.accumulate import accumulate
 from train.config import LossConfig, OptimizerConfig, RouterConfig
