@@ -18,6 +18,7 @@ import optax
 from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.param_tree import flatten, nest
 from train.config import OptimizerConfig, ScheduleConfig
+from train.keeping import Keeping, keeping, scale_by_adam
 
 PARTS = {
     "vision": r".*visual/(patch_embed|pos_embed|blocks)/.*",
@@ -135,16 +136,18 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     muon = optax.contrib.scale_by_muon(
         beta=0.95 if config.b1 is None else config.b1, mu_dtype=config.moment_dtype, weight_dimension_numbers=muon_dims
     )
-    adam = optax.scale_by_adam(0.9, 0.95 if config.b2 is None else config.b2, config.eps, mu_dtype=config.moment_dtype)
+    adam = scale_by_adam(0.9, 0.95 if config.b2 is None else config.b2, config.eps, config.moment_dtype)
     return optax.partition({"muon": optax.chain(muon, optax.stateless(match_rms)), "adam": adam}, labels)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> Keeping:
     """The direction of descent with weight decay added: `params -= rate * direction`. Clipping is the step's."""
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decays)
     b1, b2, moment = config.b1, config.b2, config.moment_dtype
     if config.name == "adamw":
-        scale = optax.scale_by_adam(0.9 if b1 is None else b1, 0.95 if b2 is None else b2, config.eps, mu_dtype=moment)
-    elif config.name == "lion":
+        adam = scale_by_adam(0.9 if b1 is None else b1, 0.95 if b2 is None else b2, config.eps, moment)
+        return Keeping(*optax.chain(adam, decay))  # decay has no state
+    if config.name == "lion":
         scale = optax.scale_by_lion(0.9 if b1 is None else b1, 0.99 if b2 is None else b2, mu_dtype=moment)
     elif config.name == "muon":
         scale = _muon(config)
@@ -154,4 +157,4 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             optax.clip_by_block_rms(1.0),
             *([] if b1 is None else [optax.ema(b1, debias=False, accumulator_dtype=moment)]),
         )
-    return optax.chain(scale, optax.add_decayed_weights(config.weight_decay, mask=decays))
+    return keeping(optax.chain(scale, decay))

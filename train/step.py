@@ -19,6 +19,7 @@ from qvlmoe_jax.sharding import HIDDEN
 from qvlmoe_jax.turns import after, batch_after
 from train.accumulate import accumulate
 from train.config import LossConfig, OptimizerConfig, RouterConfig
+from train.keeping import keeping, kept
 from train.loss import TokenLosses, count_targets, head_weight, next_tokens, token_losses
 from train.optim import join
 from train.router import moved_bias, router_losses
@@ -109,26 +110,22 @@ def make_train_step(
             if optimizer.clip_norm is not None:
                 scale = jnp.minimum(1.0, optimizer.clip_norm / jnp.maximum(norm, 1e-12))
                 grads = jax.tree.map(lambda g: g * scale, grads)
-            direction, opt_state = tx.update(
-                jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), state.opt_state, state.params
-            )
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+            direction, opt_state = keeping(tx).update(grads, state.opt_state, state.params, good=good)
             lr = rate(state.step)
             params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
-
-        def keep_if_bad(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         router_bias = state.router_bias
         if router_bias is not None:
             assert stats is not None  # a bias has a row for each MoE layer
             moved = moved_bias(router_bias, stats.tokens_per_expert, router.bias_update_rate)
-            router_bias = keep_if_bad(moved, router_bias)
+            router_bias = kept(good, moved, router_bias)
         bad = jnp.where(good, 0, 1).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
-            params=keep_if_bad(params, state.params),
+            params=kept(good, params, state.params),
             frozen=state.frozen,
-            opt_state=keep_if_bad(opt_state, state.opt_state),
+            opt_state=opt_state,
             router_bias=router_bias,
             rng=state.rng,
             bad_steps=state.bad_steps + bad,
