@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qvlmoe_jax.experts import for_each_tile, slice_rows, tile_rows, write_rows, zero_past
+from qvlmoe_jax.experts import zero_past
 from qvlmoe_jax.layers import einsum, swiglu
+from qvlmoe_jax.tiles import Tiles, for_each_tile
 
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -24,16 +25,11 @@ def ragged_product(rows_RI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Arra
 
 
 def _multiply(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, equation: str, width: int) -> jax.Array:
-    R = rows.shape[0]
-    tile = tile_rows(R, group_sizes.shape[0])
-    padded = jnp.pad(rows, ((0, tile), (0, 0)))
+    def work(matrix: jax.Array, given: tuple[jax.Array, ...], *_: jax.Array) -> tuple[jax.Array, None]:
+        return einsum(equation, given[0], matrix), None
 
-    def on_tile(out: jax.Array, matrix: jax.Array, first: jax.Array, _: jax.Array) -> Any:
-        return write_rows(out, einsum(equation, slice_rows(padded, first, tile), matrix), first), matrix
-
-    out = jnp.zeros((R + tile, width), rows.dtype)
-    out = for_each_tile(group_sizes, tile, lambda _, expert: w[expert], lambda out, *_: out, on_tile, out)
-    return zero_past(out[:R], group_sizes)
+    out = jnp.zeros((rows.shape[0], width), rows.dtype)
+    return for_each_tile(Tiles(lambda _, expert: w[expert], work), group_sizes, (rows,), out)[0]
 
 
 @jax.custom_vjp
@@ -49,21 +45,17 @@ def _forward(*inputs: jax.Array) -> tuple[jax.Array, Any]:
 def _backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     """Two loops, one per gradient: that of a frozen weight is dead code, and goes."""
     rows, w, group_sizes = residuals
-    tile = tile_rows(rows.shape[0], w.shape[0])
-    padded, d_padded = (jnp.pad(a, ((0, tile), (0, 0))) for a in (rows, d_out))
 
-    def on_tile(d_w: jax.Array, own_d_w: jax.Array, first: jax.Array, rows_left: jax.Array) -> Any:
-        own = (jnp.arange(tile) < rows_left)[:, None]  # not the next experts' rows
-        dy = jnp.where(own, slice_rows(d_padded, first, tile), 0)
-        return d_w, own_d_w + einsum("RI,RO->IO", slice_rows(padded, first, tile), dy).astype(jnp.float32)
+    def work(_: None, given: tuple[jax.Array, ...], out: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, dy = given
+        return out, einsum("RI,RO->IO", x, jnp.where(own, dy, 0)).astype(jnp.float32)
 
-    def close_expert(d_w: jax.Array, own_d_w: jax.Array, expert: jax.Array) -> jax.Array:
+    def close(d_w: jax.Array, expert: jax.Array, own_d_w: jax.Array) -> jax.Array:
         return d_w.at[expert].set(own_d_w.astype(d_w.dtype))
 
-    def open_expert(*_: Any) -> jax.Array:
-        return jnp.zeros(w.shape[1:], jnp.float32)
-
-    d_w = for_each_tile(group_sizes, tile, open_expert, close_expert, on_tile, jnp.zeros_like(w))
+    nothing = jnp.zeros((rows.shape[0], 0), rows.dtype)
+    tiles = Tiles(lambda *_: None, work, close)
+    _, d_w = for_each_tile(tiles, group_sizes, (rows, d_out), nothing, jnp.zeros_like(w))
     return _multiply(d_out, w, group_sizes, "RO,IO->RI", w.shape[1]), d_w, None
 
 
