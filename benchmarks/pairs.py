@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.machine import clock
 
 Call = Callable[[], Any]
+SETTLING, LONG = 0.1, 1.0
+"""Seconds that calls are repeated before one counts, and of a call that counts at once."""
 
 
 def seconds(call: Call) -> float:
@@ -18,6 +20,16 @@ def seconds(call: Call) -> float:
     start = clock()
     call()
     return clock() - start
+
+
+def settled_seconds(call: Call) -> float:
+    """Of one call after others that are not counted: the other side's threads no longer wait for work, its data has left the
+    caches. Long calls need no such care."""
+    began = time.perf_counter()
+    while True:
+        spent = seconds(call)
+        if spent > LONG or time.perf_counter() - began > SETTLING:
+            return spent
 
 
 @dataclass(frozen=True)
@@ -68,26 +80,30 @@ def compare(
     per: tuple[float, str],
     goal: float = 1.0,
     limit: float = 30.0,
-    before: Call = lambda: None,
+    before: Call | None = None,
 ) -> Timed:
     """Warms up both sides, chooses their fastest setting, and times pairs until there are `pairs`, or `limit` seconds and three.
 
     Args:
-      before: is called, untimed, before each timed call.
+      before: is called, untimed, before each timed call, which then is not repeated until it settles.
     """
-    before()
-    first = seconds(ours)
+
+    def timed(call: Call) -> float:
+        if before is None:
+            return settled_seconds(call)
+        before()
+        return seconds(call)
+
+    first = timed(ours) if before is not None else seconds(ours)
     setting, other = fastest(theirs)
     for call in (other, ours):
-        before()
-        seconds(call)
+        timed(call)
     times: dict[Call, list[float]] = {ours: [], other: []}
     began = time.perf_counter()
     for i in range(pairs):
         if i >= 3 and time.perf_counter() - began > limit:
             break
         for call in (ours, other) if i % 2 == 0 else (other, ours):
-            before()
-            times[call].append(seconds(call))
+            times[call].append(timed(call))
     compiled = max(0.0, first - statistics.median(times[ours]))
     return Timed(name, times[ours], times[other], setting, compiled, per, goal)

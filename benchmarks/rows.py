@@ -60,8 +60,10 @@ def each_setting(make: Callable[[str], Call], *, compiled: Callable[[str], Call]
     return calls
 
 
-def _blocked(function: Any, *arguments: Any) -> Call:
-    return lambda: jax.block_until_ready(function(*arguments))
+def _blocked(function: Any, model: Any, batch: Any) -> Call:
+    """`function` on a batch that is in JAX's memory, as theirs is in torch's."""
+    batch = jax.tree.map(jnp.asarray, batch)
+    return lambda: jax.block_until_ready(function(model, batch))
 
 
 def forward(sizes: Sizes) -> Iterator[Timed]:
