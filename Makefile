@@ -6,6 +6,8 @@ SHELL := /bin/bash
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 OUT ?= demo_out
+JOBS ?= 2
+PYTEST := $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow soak lint bench figure notebook clean
@@ -13,17 +15,17 @@ OUT ?= demo_out
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*  ## ' '{printf "make %-10s %s\n", $$1, $$2}'
 	@echo
-	@echo "PYTHON=$(PYTHON) (3.11 or newer) makes the environment, VENV=$(VENV) is where it lives."
+	@echo "PYTHON=$(PYTHON) (3.11 or newer) makes the environment, VENV=$(VENV) is where it lives; JOBS=$(JOBS) test processes."
 
 demo: $(VENV)/.installed  ## build a small checkpoint, convert it, ask about a picture, print the parity with transformers; then ask one that learnt to see
 	$(RUN) examples/demo.py --out $(OUT)
 	$(RUN) examples/easy_vqa_demo.py
 
 test: $(VENV)/.installed-test  ## the tests that take seconds each
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed-test  ## the tests that take minutes each
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 soak: $(VENV)/.installed-test  ## hundreds of cases; the log stays in docs/soak.log
 	$(RUN) -m pytest -m soak --verbose --timeout 0 | tee docs/soak.log

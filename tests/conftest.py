@@ -18,6 +18,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -56,6 +57,21 @@ def compiled_programs_fit(request: pytest.FixtureRequest) -> Iterator[None]:
 
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its values to the process that prints them."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["measured"] = session.config.stash.get(MEASURED, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes a worker's values; a worker that died has none."""
+    values = node.config.stash.setdefault(MEASURED, {})
+    for what, value in getattr(node, "workeroutput", {}).get("measured", {}).items():
+        values[what] = max(value, values.get(what, 0.0))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
