@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qvlmoe_jax import BackendConfig, Qwen3VLMoeConfig
+from qvlmoe_jax.dispatch import combine, dispatch, sort_choices
 from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.experts import KERNELS
 from qvlmoe_jax.model import load_balancing_loss
-from qvlmoe_jax.moe import RouterStats, balanced_choice, combine, dispatch, route
+from qvlmoe_jax.moe import RouterStats, balanced_choice, route
 from tests import ours, tiny, tolerances
 from tests.hf_checkpoints import random_hf_tensors
 
@@ -90,6 +91,15 @@ def test_dispatch_sorts_and_loses_nothing() -> None:
     assert np.array_equal(np.asarray(order.rows), np.argsort(np.asarray(order.choices)))
     assert np.array_equal(np.asarray(sizes), np.bincount(flat, minlength=EXPERTS + 1)[:EXPERTS])
     assert np.array_equal(np.asarray(rows), np.asarray(x)[np.asarray(order.choices) // K])
+
+
+@pytest.mark.parametrize("num_experts", [EXPERTS, 1 << 28], ids=["one number", "pairs"])
+@pytest.mark.parametrize("tokens", [1, 2, 24, 43])
+def test_choices_are_sorted_as_numbers_where_they_fit_and_as_pairs_where_not(num_experts: int, tokens: int) -> None:
+    experts = jax.random.randint(jax.random.key(tokens), (tokens, K), 0, 7) * (num_experts // 5)  # some are nobody's
+    order = sort_choices(experts, num_experts)
+    expected = np.argsort(np.minimum(np.asarray(experts).reshape(-1), num_experts), kind="stable")
+    assert np.array_equal(order.choices, expected) and np.array_equal(order.rows, np.argsort(expected))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
