@@ -49,8 +49,10 @@ def run_tiles(
     rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array, first_expert: jax.Array | int = 0
 ) -> jax.Array:
     """`tiled_experts` without a gradient. Group 0's weights are those at `first_expert`, which lets the stacks of all layers
-    be passed whole."""
+    be passed whole. Rows one by one while most experts have at most one, else tiles."""
     D, F = rows.shape[1], gate_up.shape[-1]
+    if rows.shape[0] <= group_sizes.shape[0]:
+        return _row_by_row(rows, gate_up, down, group_sizes, first_expert)
 
     def weights(_: None, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
         return gate_up[first_expert + expert].reshape(D, 2 * F), down[first_expert + expert]
@@ -62,6 +64,27 @@ def run_tiles(
 
     out, _ = for_each_tile(Tiles(weights, work), group_sizes, (), rows)
     return zero_past(out, group_sizes)
+
+
+def _row_by_row(
+    rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array, first_expert: jax.Array | int
+) -> jax.Array:
+    """One matrix-vector product after another, each straight from its expert's weights, which a tile would copy first."""
+    (R, D), F = rows.shape, gate_up.shape[-1]
+    experts = first_expert + row_experts(R, group_sizes)
+
+    def one_row(r: jax.Array, out: jax.Array) -> jax.Array:
+        x = jax.lax.dynamic_slice(rows, (r, 0), (1, D))
+        hidden = einsum("RD,DF->RF", x, gate_up[experts[r]].reshape(D, 2 * F))
+        y = einsum("RF,FD->RD", swiglu(hidden[:, :F], hidden[:, F:]), down[experts[r]])
+        return jax.lax.dynamic_update_slice(out, y, (r, 0))
+
+    return jax.lax.fori_loop(0, jnp.sum(group_sizes), one_row, jnp.zeros_like(rows))
+
+
+def row_experts(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
+    """The expert of each sorted row, `[R]`; E for rows that belong to nobody."""
+    return jnp.sum(jnp.arange(num_rows)[:, None] >= jnp.cumsum(group_sizes_E), axis=1, dtype=jnp.int32)
 
 
 def _tiled_forward(*inputs: jax.Array) -> tuple[jax.Array, Any]:

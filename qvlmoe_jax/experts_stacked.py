@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qvlmoe_jax.experts import ragged_experts, run_tiles, zero_past
+from qvlmoe_jax.experts import ragged_experts, row_experts, run_tiles, zero_past
 from qvlmoe_jax.layers import einsum, swiglu
 
 
@@ -20,36 +20,13 @@ def _flat(gate_up_LED2F: jax.Array, down_LEFD: jax.Array) -> tuple[jax.Array, ja
     return gate_up_LED2F.reshape(-1, *gate_up_LED2F.shape[2:]), down_LEFD.reshape(-1, *down_LEFD.shape[2:])
 
 
-def _row_experts(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
-    """The expert of each sorted row, `[R]`; E for rows that belong to nobody."""
-    return jnp.sum(jnp.arange(num_rows)[:, None] >= jnp.cumsum(group_sizes_E), axis=1, dtype=jnp.int32)
-
-
-def looped_rows(
-    rows_RD: jax.Array, gate_up_LED2F: jax.Array, down_LEFD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array
-) -> jax.Array:
-    """One matrix-vector product after another, each straight from its expert's weights: few rows on a CPU."""
-    R, D = rows_RD.shape
-    E, F = group_sizes_E.shape[0], gate_up_LED2F.shape[-1]
-    gate_up, down = _flat(gate_up_LED2F, down_LEFD)
-    experts = layer * E + _row_experts(R, group_sizes_E)
-
-    def one_row(r: jax.Array, out: jax.Array) -> jax.Array:
-        x = jax.lax.dynamic_slice(rows_RD, (r, 0), (1, D))
-        hidden = einsum("RD,DF->RF", x, gate_up[experts[r]].reshape(D, 2 * F))
-        y = einsum("RF,FD->RD", swiglu(hidden[:, :F], hidden[:, F:]), down[experts[r]])
-        return jax.lax.dynamic_update_slice(out, y, (r, 0))
-
-    return jax.lax.fori_loop(0, jnp.sum(group_sizes_E), one_row, jnp.zeros_like(rows_RD))
-
-
 def gathered_rows(
     rows_RD: jax.Array, gate_up_LED2F: jax.Array, down_LEFD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array
 ) -> jax.Array:
     """A copy of each row's expert, then batched products: few rows on an accelerator, where a loop would wait on itself."""
     E = group_sizes_E.shape[0]
     gate_up, down = _flat(gate_up_LED2F, down_LEFD)
-    experts = layer * E + jnp.minimum(_row_experts(len(rows_RD), group_sizes_E), E - 1)
+    experts = layer * E + jnp.minimum(row_experts(len(rows_RD), group_sizes_E), E - 1)
     hidden = einsum("RD,RDCF->RCF", rows_RD, gate_up[experts])
     y = einsum("RF,RFD->RD", swiglu(hidden[:, 0], hidden[:, 1]), down[experts])
     return zero_past(y, group_sizes_E)
@@ -58,11 +35,9 @@ def gathered_rows(
 def stacked_tiles(
     rows_RD: jax.Array, gate_up_LED2F: jax.Array, down_LEFD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array
 ) -> jax.Array:
-    """`tiled_experts` on layer `layer`: rows one by one while most experts have at most one, else tiles."""
-    R, E = rows_RD.shape[0], group_sizes_E.shape[0]
-    if R <= E:
-        return looped_rows(rows_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer)
-    return run_tiles(rows_RD, *_flat(gate_up_LED2F, down_LEFD), group_sizes_E, first_expert=layer * E)
+    """`tiled_experts` on layer `layer`."""
+    first = layer * group_sizes_E.shape[0]
+    return run_tiles(rows_RD, *_flat(gate_up_LED2F, down_LEFD), group_sizes_E, first_expert=first)
 
 
 def stacked_ragged(

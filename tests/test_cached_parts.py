@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from qvlmoe_jax import BackendConfig
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.cached_attention import cached_attention
-from qvlmoe_jax.experts import tiled_experts
-from qvlmoe_jax.experts_stacked import gathered_rows, looped_rows, stacked_ragged, stacked_tiles
+from qvlmoe_jax.experts import ragged_experts
+from qvlmoe_jax.experts_stacked import gathered_rows, stacked_ragged, stacked_tiles
 from qvlmoe_jax.moe import count_choices
 from tests.tolerances import MODULE
 
@@ -45,7 +45,7 @@ def test_attention_over_a_cache(block: int, first: int, new: int) -> None:
 E, D, F = 5, 12, 7
 
 
-@pytest.mark.parametrize("kernel", [looped_rows, gathered_rows, stacked_tiles, stacked_ragged])
+@pytest.mark.parametrize("kernel", [gathered_rows, stacked_tiles, stacked_ragged])
 @settings(max_examples=12)
 @given(choices=st.lists(st.integers(0, E), min_size=9, max_size=9), layer=st.integers(0, L - 1))
 def test_experts_of_a_stack(kernel, choices: list[int], layer: int) -> None:
@@ -54,6 +54,6 @@ def test_experts_of_a_stack(kernel, choices: list[int], layer: int) -> None:
     rows, gate_up, down = (rng.normal(size=s).astype(np.float32) for s in ((9, D), (L, E, D, 2, F), (L, E, F, D)))
     sizes = count_choices(jnp.asarray(sorted(choices))[:, None], E)
     for count, groups in ((9, sizes), (4, jnp.zeros(E, jnp.int32).at[choices[0] % E].set(3))):
-        expected = jax.jit(tiled_experts)(rows[:count], gate_up[layer], down[layer], groups)
+        expected = jax.jit(ragged_experts)(rows[:count], gate_up[layer], down[layer], groups)
         got = jax.jit(kernel)(rows[:count], gate_up, down, groups, jnp.int32(layer))
         np.testing.assert_allclose(got, expected, atol=MODULE, rtol=MODULE)

@@ -66,6 +66,16 @@ def test_dispatch_is_the_dense_loop_for_any_routing(kernel: str, routing: list[l
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < tolerances.MODULE, name
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("routing", [[2, 0, 4], [1, 1, 1], [NOBODY, 3, NOBODY], [NOBODY] * 3], ids=str)
+def test_fewer_rows_than_experts(kernel: str, routing: list[int]) -> None:
+    """One token, three rows: the CPU's kernel goes row by row."""
+    x, gate_up, down = _weights()
+    given = x[:1], gate_up, down, jnp.asarray([[0.2, 0.5, 0.3]]), jnp.asarray([routing], jnp.int32)
+    for a, b in zip(_sorted_and_gradients(kernel)(*given), _dense_and_gradients(*given), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() < tolerances.MODULE
+
+
 def _and_gradients(function):
     def run(x, gate_up, down, weights, experts):
         y, pullback = jax.vjp(lambda *a: function(*a, experts), x, gate_up, down, weights)
