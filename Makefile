@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-test  ## ruff and pyright
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: $(VENV)/.installed-test  ## every row of speed beside transformers: benchmarks/table.md, .json, .png; quiet machine, ten minutes
-	$(RUN) -m benchmarks.table --growth
+	$(RUN) -m benchmarks.table --growth --torch-compile
 
 figure: $(VENV)/.installed-test  ## measure again and redraw the figure of the README
 	$(RUN) docs/plot_parity.py
