@@ -75,8 +75,17 @@ def _to_rows(x_SD: jax.Array, order: Order) -> jax.Array:
 
 def _to_rows_backward(residuals: tuple[Order, jax.Array], d_rows_RD: jax.Array) -> tuple[jax.Array, None]:
     order, like_SD = residuals
-    of_choices = d_rows_RD[order.rows].reshape(like_SD.shape[0], -1, d_rows_RD.shape[1])
-    return jnp.sum(of_choices, axis=1, dtype=jnp.float32).astype(d_rows_RD.dtype), None
+    (R, D), S = d_rows_RD.shape, like_SD.shape[0]
+
+    def gathered(d_rows: jax.Array) -> jax.Array:
+        of_choices = d_rows[order.rows].reshape(S, R // S, D)
+        return jnp.sum(of_choices, axis=1, dtype=jnp.float32).astype(d_rows.dtype)
+
+    def scattered(d_rows: jax.Array) -> jax.Array:
+        return jnp.zeros((S, D), d_rows.dtype).at[order.choices // (R // S)].add(d_rows)
+
+    # Gathered is quicker on a CPU; on a TPU it is one more array of all rows (2.1 GiB a device of 30B's step on v6e:8x8).
+    return jax.lax.platform_dependent(d_rows_RD, cpu=gathered, default=scattered), None
 
 
 _to_rows.defvjp(lambda x, order: (_to_rows(x, order), (order, x[:, :0])), _to_rows_backward)
