@@ -124,7 +124,9 @@ def measure(
         yield Row(f"decode, batch {size}, prompt 128", size, "tokens", None, seconds, compiled)
 
     tx = make_optimizer(OptimizerConfig())
-    step = make_train_step(model, tx, lambda _: jnp.float32(1e-5), loss=LossConfig(chunk_tokens=1024), compute_dtype=jnp.bfloat16)
+    step = make_train_step(
+        model, tx, lambda _: jnp.float32(1e-5), loss=LossConfig(chunk_tokens=1024), compute_dtype=jnp.bfloat16
+    )
     state = [init_state(model.params(), tx, param_dtype=jnp.float32, compute_dtype=jnp.bfloat16)]
     stacked = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
 

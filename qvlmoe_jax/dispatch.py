@@ -64,7 +64,7 @@ def combine(rows_RD: jax.Array, order: Order, weights_SK: jax.Array) -> jax.Arra
     return y.astype(rows_RD.dtype)
 
 
-# A permutation's pullback is its inverse, another gather; left to itself it is a scatter that adds row by row.
+# Left to themselves the pullbacks of both gathers are scatters that add row by row.
 
 
 @jax.custom_vjp

@@ -136,7 +136,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     muon = optax.contrib.scale_by_muon(
         beta=0.95 if config.b1 is None else config.b1, mu_dtype=config.moment_dtype, weight_dimension_numbers=muon_dims
     )
-    adam = scale_by_adam(0.9, 0.95 if config.b2 is None else config.b2, config.eps, config.moment_dtype)
+    adam = optax.scale_by_adam(0.9, 0.95 if config.b2 is None else config.b2, config.eps, mu_dtype=config.moment_dtype)
     return optax.partition({"muon": optax.chain(muon, optax.stateless(match_rms)), "adam": adam}, labels)
 
 
