@@ -11,12 +11,11 @@ from qvlmoe_jax.errors import ConfigError
 
 log = logging.getLogger("qvlmoe_jax")
 
-DENSE_LENGTH = 128
+DENSE_LENGTH = 256
 """Positions up to which all scores at once are quicker than blocks, where `attention` is `auto`."""
 
 SCORES_BYTES = 1 << 22
-"""Of one block in float32: what a core's cache holds. (On two cores 32 heads are quickest in blocks of 128, 16 of 256, 4 of 512.)
-"""
+"""Of one block of all heads in float32, where queries meet a cache: what a core's cache holds."""
 
 _CHOICES = {
     "attention": ("auto", "dense", "chunked", "splash", "flash"),
@@ -32,11 +31,11 @@ class BackendConfig:
     """Kernel choices.
 
     Attributes:
-      attention: `dense` holds all T x S scores; `chunked` holds one block of queries' and keys' scores at a time, so memory
-        grows linearly with length, and skips blocks that share no segment; `splash` is the TPU's kernel, which skips blocks
-        above the diagonal; `flash` is the GPU's (not yet run on one; float32 and context parallelism fall back to chunked);
-        `auto` takes splash on TPU, elsewhere chunked above 128 positions, dense below.
-      attention_chunk: most queries, and keys, per block of the chunked kernel (see `attention_block`).
+      attention: `dense` holds all T x S scores of some rows; `chunked` holds one block of queries' and keys' scores at a time, so
+        memory grows linearly with length, and skips blocks that share no segment; `splash` is the TPU's kernel, which skips
+        blocks above the diagonal; `flash` is the GPU's (not yet run on one; float32 and context parallelism fall back to
+        chunked); `auto` takes splash on TPU, elsewhere chunked above 256 positions, dense below.
+      attention_chunk: most queries, and keys, per block of the chunked kernel (see `blocks.columns`).
       experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
         5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.
       dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis, `all_to_all` sends
@@ -87,9 +86,9 @@ class BackendConfig:
         return kernel
 
     def attention_block(self, num_heads: int) -> int:
-        """Queries, and keys, per block of the chunked kernel: `attention_chunk`, halved until the scores of a block of all heads
-        take at most `SCORES_BYTES`."""
+        """Queries, and keys, that meet at a time over a cache: `attention_chunk`, halved until the scores of all heads take at
+        most `SCORES_BYTES`."""
         block = self.attention_chunk
-        while block % 2 == 0 and block > DENSE_LENGTH and 4 * num_heads * block**2 > SCORES_BYTES:
+        while block % 2 == 0 and block > 128 and 4 * num_heads * block**2 > SCORES_BYTES:
             block //= 2
         return block

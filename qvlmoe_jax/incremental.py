@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.blockwise import blockwise_attention
 from qvlmoe_jax.cache import CACHE_SPEC, KVCache
@@ -142,7 +143,7 @@ def _scan(
             with jax.named_scope("attention"):
                 q, new_k, new_v = layer.self_attn.heads(layer.input_layernorm(x), rotary)
                 k, v = (_write(a, new, number, cache.length) for a, new in ((k, new_k), (v, new_v)))
-                heads = _attend(q, k, v, number, held, cache.length, text.backend.attention_block(q.shape[2]))
+                heads = _attend(q, k, v, number, held, cache.length, text.backend)
                 x = x + layer.self_attn.o_proj(heads)
             x, _ = layer.feed_forward(x, segment_ids > 0, stacked_layer=index)
             if slot.first < levels:
@@ -155,17 +156,19 @@ def _scan(
 
 
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, held: jax.Array, first: jax.Array, block: int
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, held: jax.Array, first: jax.Array, backend: BackendConfig
 ) -> jax.Array:
     """New columns over the cache: a few where it lies, a prompt with the layer's keys and values laid out for it first.
 
     (On a mesh that layout would mix rows of different devices.)
     """
     if q.shape[1] < FEW_COLUMNS or active_mesh() is not None:
+        block = backend.attention_block(q.shape[2])
         return cached_attention(q, k, v, layer=layer, valid_BS=held, first=first, block=block)
-    segments = jnp.ones(q.shape[:2], jnp.int32), held.astype(jnp.int32)
+    segments, held = jnp.ones(q.shape[:2], jnp.int32), held.astype(jnp.int32)
+    block = backend.attention_chunk
     return blockwise_attention(
-        q, k[layer], v[layer], q_segments=segments[0], kv_segments=segments[1], causal=True, block=block, first=first
+        q, k[layer], v[layer], q_segments=segments, kv_segments=held, causal=True, block=block, first=first
     )
 
 

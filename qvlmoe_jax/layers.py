@@ -34,6 +34,11 @@ def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, w, precision=precision)
 
 
+def float32_einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum` of inputs of any float dtype, summed and returned in float32."""
+    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+
+
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """`silu(gate) * up`; the activation is evaluated in float32 and rounded once, as torch does it in bf16."""
     return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up

@@ -1,7 +1,8 @@
-"""Attention by blocks: the dense kernel's numbers and gradients, only the blocks that share a segment, linear memory."""
+"""Attention at once and by blocks: numbers and gradients of its definition, only blocks that share a segment, linear memory."""
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, make_mesh
-from qvlmoe_jax.attention import attention, dense_attention
-from qvlmoe_jax.blockwise import _cut, _spans, blockwise_attention
+from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, blocks, dense, make_mesh
+from qvlmoe_jax.attention import attention
+from qvlmoe_jax.blocks import columns, cut, spans
+from qvlmoe_jax.blockwise import blockwise_attention
+from qvlmoe_jax.dense import dense_attention
 from tests import cases, tiny, training
+from tests.plain import plain_attention
 from train.aot import abstract_batch
 from train.config import LossConfig
 from train.optim import make_optimizer
@@ -32,35 +36,61 @@ SEGMENTS = {
 }
 
 
-def arrays(T: int = 37, *, N: int = 6, K: int = 2, seed: int = 0) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return [jax.random.normal(key, (2, T, heads, 8)) for key, heads in zip(keys, (N, K, K), strict=True)]
+def arrays(T: int = 37, *, B: int = 2, N: int = 6, K: int = 2) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, (B, T, heads, 8)) for key, heads in zip(keys, (N, K, K), strict=True)]
 
 
-def both(segments: np.ndarray, *, causal: bool, block: int) -> list[Any]:
-    """Outputs and gradients of the two kernels, at the columns that mean something."""
-    valid = jnp.asarray(segments > 0)[..., None, None]
+def compare(kernel: Any, segments: np.ndarray, *, causal: bool) -> None:
+    """A kernel's output and gradients beside plain attention's, at the columns that mean something."""
+    qkv = arrays(segments.shape[1], B=len(segments))
+    valid, ids = jnp.asarray(segments > 0)[..., None, None], jnp.asarray(segments)
 
-    def run(kernel: Any) -> Any:
+    def run(attend: Any) -> list[jax.Array]:
         def loss(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = jnp.where(valid, kernel(*qkv), 0)
+            out = jnp.where(valid, attend(*qkv), 0)
             return jnp.sum(jnp.sin(out)), out
 
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays(segments.shape[1]))
-        return out, grads
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+        return [out, *gradients]
 
-    ids = jnp.asarray(segments)
-    dense = run(lambda q, k, v: dense_attention(q, k, v, segment_ids=ids, causal=causal))
-    ours = run(lambda q, k, v: blockwise_attention(q, k, v, q_segments=ids, kv_segments=ids, causal=causal, block=block))
-    return [(np.asarray(a), np.asarray(b)) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(dense), strict=True)]
+    ours = run(lambda *qkv: kernel(*qkv, q_segments=ids, kv_segments=ids, causal=causal))
+    plain = run(lambda *qkv: plain_attention(*qkv, segment_ids=ids, causal=causal))
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", SEGMENTS)
-@pytest.mark.parametrize(("causal", "block"), [(True, 8), (False, 5)])
-def test_blocks_are_dense_attention(kind: str, causal: bool, block: int) -> None:
+BLOCKS = [(kind, causal, block, 2) for kind in SEGMENTS for causal, block in ((True, 8), (False, 5))]
+
+
+@pytest.mark.parametrize(("kind", "causal", "block", "wide"), [*BLOCKS, ("packed", True, 8, 1), ("packed", False, 4, None)])
+def test_blocks_are_attention(kind: str, causal: bool, block: int, wide: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of keys at a time and a rest, one by one, half of them."""
+    if wide:
+        monkeypatch.setattr(blocks, "PRODUCT", wide * 3 * block**2 * 8)
     segments = SEGMENTS[kind](np.random.default_rng(0), 2, 37)
-    for ours, dense in both(segments, causal=causal, block=block):
-        np.testing.assert_allclose(ours, dense, atol=2e-6, rtol=1e-5)
+    compare(functools.partial(blockwise_attention, block=block), segments, causal=causal)
+
+
+ROWS = [(kind, causal, 2) for kind in SEGMENTS for causal in (True, False)]
+
+
+@pytest.mark.parametrize(("kind", "causal", "rows"), [*ROWS, ("in order", True, 5)])
+def test_all_at_once_is_attention(kind: str, causal: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows two by two with one left, and together."""
+    monkeypatch.setattr(dense, "_SCORES_BYTES", rows * 4 * 6 * 37**2)
+    compare(dense_attention, SEGMENTS[kind](np.random.default_rng(0), 5, 37), causal=causal)
+
+
+@pytest.mark.parametrize("kernel", [dense_attention, functools.partial(blockwise_attention, block=16)])
+def test_scores_of_any_size(kernel: Any) -> None:
+    """Of 1e30, where only the largest counts, and of next to nothing."""
+    q, k, v = arrays(37)
+    ids = jnp.asarray(SEGMENTS["in order"](np.random.default_rng(0), 2, 37))
+    for scale in (1e15, 1e3, 1e-20):
+        ours = kernel(q * scale, k * scale, v, q_segments=ids, kv_segments=ids, causal=True)
+        plain = plain_attention(q * scale, k * scale, v, segment_ids=ids, causal=True)
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(plain), atol=2e-6, rtol=1e-5)
 
 
 def test_padding_is_zero_and_sends_no_gradient() -> None:
@@ -77,9 +107,9 @@ def test_padding_is_zero_and_sends_no_gradient() -> None:
 
 def _pairs(segments: np.ndarray, *, block: int, causal: bool) -> int:
     """Pairs of columns in the blocks that the loops visit."""
-    ids = _cut(jnp.asarray(segments), min(block, segments.shape[1]))
-    begin, end = _spans(ids, ids, jnp.int32(0), causal)
-    return int(jnp.sum(jnp.maximum(end - begin, 0))) * ids.shape[2] ** 2
+    ids = cut(jnp.asarray(segments), min(block, segments.shape[1]))
+    where = spans(ids, ids, jnp.int32(0), causal)
+    return int(jnp.sum(jnp.maximum(where.end - where.begin, 0))) * ids.shape[2] ** 2
 
 
 def test_small_pictures_beside_a_big_one_cost_what_they_need() -> None:
@@ -94,8 +124,9 @@ def test_small_pictures_beside_a_big_one_cost_what_they_need() -> None:
     batch = Batch.from_hf(config, input_ids=ids, pixel_values=pixels, image_grid_thw=grids)
     rows = batch.patch_segment_ids[0]
     exact = int((grids.prod(1) ** 2).sum())
-    block = BackendConfig().attention_block(16)  # the tower's heads
-    assert exact <= _pairs(rows, block=block, causal=False) <= 1.1 * exact
+    done = _pairs(rows, block=columns(rows.shape[1], BackendConfig().attention_chunk, 1), causal=False)
+    print(f"pairs of patches: {done / exact:.3f} of the exact work")
+    assert exact <= done <= 1.2 * exact
     assert rows.size == len(pixels)  # no padding in the linear maps
 
 
@@ -209,7 +240,14 @@ def run_forward(length: int) -> None:
     print(resident("VmHWM") - before)
 
 
-def test_blocks_fit_the_cache() -> None:
-    """The more heads, the smaller; what the user asks for is the most."""
+def test_blocks_of_queries() -> None:
+    """As many as the user asks for at most, fewer where a kv head serves many, even ones, and keys until a product is large."""
+    assert [columns(4096, 512, group) for group in (1, 2, 4, 8, 16)] == [512, 512, 256, 128, 128]
+    assert [columns(length, 512, 1) for length in (10, 512, 600, 768, 1100)] == [10, 512, 320, 384, 384]
+    assert columns(4096, 16, 1000) == 16
+    assert [blocks.wide(count, 512, 512, 72) for count in (1, 2, 8, 100)] == [1, 1, 4, 4]
+
+
+def test_blocks_over_a_cache_fit_the_processors() -> None:
     assert [BackendConfig().attention_block(heads) for heads in (1, 4, 8, 16, 32, 64)] == [512, 512, 256, 256, 128, 128]
     assert BackendConfig(attention_chunk=16).attention_block(1000) == 16

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvlmoe_jax.attention import dense_attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.flash import flash_attention, flash_serves
 from qvlmoe_jax.sharding import make_mesh
+from tests.plain import plain_attention
 
 SEGMENTS = jnp.asarray(np.repeat([[1, 2, 3, 3, 0], [1, 1, 1, 2, 2]], 30, axis=1))
 
@@ -38,7 +38,7 @@ def test_flash_is_dense_attention(sizes: dict[str, Any] | None, causal: bool, he
 
         return jax.tree.leaves(jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*arrays))
 
-    expected = run(dense_attention)
+    expected = run(plain_attention)
     with jax.set_mesh(make_mesh(**sizes)) if sizes else nullcontext():
         for dense, flash in zip(expected, run(flash_attention, interpret=True), strict=True):
             np.testing.assert_allclose(flash, dense, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.max(jnp.abs(dense)))))
