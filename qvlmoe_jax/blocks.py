@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qvlmoe_jax.softmax import HIDDEN
+
 ROWS, LEAST_COLUMNS = 1024, 128
 """Rows of a block of queries that are enough, and columns that it has at least."""
 
 PRODUCT = 1 << 26
 """Multiplications of one product: enough for two cores to share it (XLA:CPU cuts a product into pieces of some 256 by 256 and
 never shares a batch dim), few enough for its scores to lie in a cache."""
-
-HIDDEN = float(jnp.finfo(jnp.float32).min) / 2
-"""Added to the score of a key that a query does not see. No score comes near it."""
 
 
 def columns(length: int, most: int, group: int) -> int:

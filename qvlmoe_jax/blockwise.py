@@ -2,8 +2,8 @@
 pairs that share a segment. Forward and backward; the kernel of long rows on CPU and GPU (`splash` is the TPU's).
 
 B batch, T query length, S key length, N query heads, K kv heads, G = N/K, H head dim, C columns of a block, n blocks of queries,
-R = G*C rows of a block of queries, W keys handled at once. (Online softmax: Milakov and Gimelshein, arXiv 1805.02867; the
-backward pass: Dao et al., arXiv 2205.14135.)
+R = G*C rows of a block of queries, W keys handled at once. (The backward pass: Dao et al.,
+arXiv 2205.14135.)
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qvlmoe_jax.blocks import HIDDEN, Block, Where, columns, cut, spans, wide
+from qvlmoe_jax.blocks import Block, Where, columns, cut, spans, wide
 from qvlmoe_jax.layers import float32_einsum
+from qvlmoe_jax.softmax import HIDDEN, running_softmax
 
 
 def blockwise_attention(
@@ -64,13 +65,9 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, causal: boo
             largest, total, out = state
             scores = float32_einsum("RH,SH->RS", block.q, block.pick(k, first, W)) * H**-0.5
             scores = (scores.reshape(-1, C, W) + block.hidden(first, W, where, causal)).reshape(R, W)
-            new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
-            # Half of what hides: where nothing was seen yet, hidden scores still become 0.
-            weights = jnp.exp(scores - jnp.maximum(new_largest, HIDDEN / 2)[:, None])
-            shrink = jnp.exp(largest - new_largest)
-            total = total * shrink + jnp.sum(weights, axis=-1)
+            largest, total, weights, shrink = running_softmax(largest, total, scores)
             more = float32_einsum("RS,SH->RH", weights.astype(v.dtype), block.pick(v, first, W))
-            return new_largest, total, out * shrink[:, None] + more
+            return largest, total, out * shrink[:, None] + more
 
         none = jnp.zeros(R, jnp.float32)
         largest, total, out = block.walk(of_keys, (none + HIDDEN, none, jnp.zeros((R, H), jnp.float32)), at_once)

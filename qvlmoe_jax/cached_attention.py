@@ -1,7 +1,7 @@
 """Attention of new columns over a KV cache, block by block of keys, with a running softmax; inference only.
 
 The loop ends at the last column in use, so cost and traffic follow the conversation's length, not the cache's; and a block of
-queries never meets keys that lie behind it. (Online softmax: Milakov and Gimelshein, arXiv 1805.02867.)
+queries never meets keys that lie behind it.
 
 L layers, B rows, T query columns, S cache columns, N query heads, K kv heads, G = N/K, H head dim, R queries of a block.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-_MASKED = float(jnp.finfo(jnp.float32).min)
+from qvlmoe_jax.layers import float32_einsum
+from qvlmoe_jax.softmax import HIDDEN, running_softmax
 
 
 def cached_attention(
@@ -37,7 +38,6 @@ def cached_attention(
     B, T, N, H = q_BTNH.shape
     S, K = k_LBSKH.shape[2:4]
     R, width = min(block, T), min(block, S)
-    dtype, exact = v_LBSKH.dtype, jax.lax.Precision.HIGHEST
 
     def of_queries(q_BRKGH: jax.Array, row: jax.Array) -> jax.Array:
         """One block of queries, the first of which stands at cache column `row`."""
@@ -50,18 +50,14 @@ def cached_attention(
             k, v = (jax.lax.dynamic_slice(a, (layer, 0, start, 0, 0), (1, B, width, K, H))[0] for a in (k_LBSKH, v_LBSKH))
             seen = jax.lax.dynamic_slice(valid_BS, (0, start), (B, width))[:, None] & (columns >= j * width)
             seen = seen & (columns <= rows[:, None])
-            scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BRKGH, k, preferred_element_type=jnp.float32, precision=exact)
-            scores = jnp.where(seen[:, None, None], scores * H**-0.5, _MASKED)
-            new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
-            # Half of the mask's value: where nothing was seen yet, masked scores still become 0.
-            weights = jnp.exp(scores - jnp.maximum(new_largest, _MASKED / 2)[..., None])
-            shrink = jnp.exp(largest - new_largest)
-            total = total * shrink + jnp.sum(weights, axis=-1)
-            more = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(dtype), v, preferred_element_type=jnp.float32, precision=exact)
-            return new_largest, total, out * shrink[..., None] + more
+            scores = float32_einsum("BTKGH,BSKH->BKGTS", q_BRKGH, k)
+            scores = jnp.where(seen[:, None, None], scores * H**-0.5, HIDDEN)
+            largest, total, weights, shrink = running_softmax(largest, total, scores)
+            more = float32_einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
+            return largest, total, out * shrink[..., None] + more
 
         empty = jnp.zeros((B, K, N // K, R), jnp.float32)
-        state = (jnp.full_like(empty, _MASKED), empty, jnp.zeros((*empty.shape, H), jnp.float32))
+        state = (jnp.full_like(empty, HIDDEN), empty, jnp.zeros((*empty.shape, H), jnp.float32))
         blocks = jnp.minimum((row + R + width - 1) // width, -(-S // width))
         _, total, out = jax.lax.fori_loop(0, blocks, of_keys, state)
         out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]

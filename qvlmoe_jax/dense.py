@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qvlmoe_jax.blocks import HIDDEN
 from qvlmoe_jax.layers import float32_einsum
+from qvlmoe_jax.softmax import HIDDEN
 
 _SCORES_BYTES = 1 << 24
 """Of the rows that are handled at a time."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qvlmoe_jax.layers import float32_einsum
+
 
 class Order(NamedTuple):
     """How choices are sorted: row r is the flat choice `choices[r]` and flat choice c is row `rows[c]`, both `[R]` int32."""
@@ -59,9 +61,7 @@ def dispatch(x_SD: jax.Array, experts_SK: jax.Array, num_experts: int) -> tuple[
 def combine(rows_RD: jax.Array, order: Order, weights_SK: jax.Array) -> jax.Array:
     """Undoes `dispatch`: `[S,D]`, each token the weighted sum of its k rows, summed in float32."""
     chosen = _to_choices(rows_RD, order).reshape(*weights_SK.shape, -1)
-    highest = jax.lax.Precision.HIGHEST
-    y = jnp.einsum("SKD,SK->SD", chosen, weights_SK, preferred_element_type=jnp.float32, precision=highest)
-    return y.astype(rows_RD.dtype)
+    return float32_einsum("SKD,SK->SD", chosen, weights_SK).astype(rows_RD.dtype)
 
 
 # Left to themselves the pullbacks of both gathers are scatters that add row by row.
