@@ -19,6 +19,7 @@ from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import Qwen3VLMoeVisionConfig
 from qvlmoe_jax.layers import Embed, LayerNorm, Linear, gelu, stack
+from qvlmoe_jax.pieces import in_pieces
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, vision_rotary
 from qvlmoe_jax.sharding import PICTURES
@@ -54,6 +55,7 @@ class Qwen3VLMoeVisionMLP(nnx.Module):
     def __init__(self, config: Qwen3VLMoeVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
         init = jax.nn.initializers.normal(config.initializer_range)
+        self.width = F
         self.linear_fc1 = Linear(
             "RPD,DF->RPF", (D, F), init=init, dtype=dtype, rngs=rngs, use_bias=True, place="blocks/mlp/linear_fc1/weight"
         )
@@ -62,7 +64,10 @@ class Qwen3VLMoeVisionMLP(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_fc2(gelu(self.linear_fc1(x), approximate=True))
+        def of_rows(x: jax.Array) -> jax.Array:
+            return self.linear_fc2(gelu(self.linear_fc1(x), approximate=True))
+
+        return in_pieces(of_rows, x, width=self.width)
 
 
 class Qwen3VLMoeVisionBlock(nnx.Module):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import torch
 from flax import nnx
 
-from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, pieces
 from qvlmoe_jax.experts import KERNELS
 from qvlmoe_jax.frames import block_coordinates
 from qvlmoe_jax.layers import LayerNorm, Linear, RMSNorm
@@ -133,8 +133,10 @@ def test_mergers(pair, pictures):
         close(pictures.unpack_merged(got), merger(torch.from_numpy(x)))
 
 
-def test_vision_tower_and_its_deepstack_order(pair, pictures):
+@pytest.mark.parametrize("piece", [pieces.PIECE_BYTES, 1 << 12], ids=["whole", "in pieces"])
+def test_vision_tower_and_its_deepstack_order(pair, pictures, piece, monkeypatch):
     """Levels come out in block order, whatever the order of `deepstack_visual_indexes`."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
     tokens, deepstack = jax.jit(lambda model, batch: model.visual_features(batch))(pair.jax.model, pictures.batch)
     expected = pair.torch.model.visual(pictures.pixels, grid_thw=pictures.grid)
     columns = pictures.batch.visual_index[pictures.batch.visual_index >= 0]
