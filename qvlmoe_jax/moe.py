@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from qvlmoe_jax.backend import BackendConfig
-from qvlmoe_jax.collectives import axes_of, gather
+from qvlmoe_jax.collectives import axes_of, gather, gather_dim
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
 from qvlmoe_jax.dispatch import combine, count_choices, dispatch
 from qvlmoe_jax.exchange import Exchange
@@ -195,9 +195,9 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             if layout.gate_up_fsdp:
                 # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler pads the gradient and shifts its rows.
                 E, D, _, F = gate_up.shape
-                gate_up = jax.lax.all_gather(gate_up.reshape(E, D, 2 * F), "fsdp", axis=1, tiled=True).reshape(E, -1, 2, F)
+                gate_up = gather_dim(gate_up.reshape(E, D, 2 * F), 1, "fsdp").reshape(E, -1, 2, F)
             if layout.down_fsdp:
-                down = jax.lax.all_gather(down, "fsdp", axis=1, tiled=True)
+                down = gather_dim(down, 1, "fsdp")
             adapters = {name: _gather_fsdp(a, layout.adapters.get(name, P())) for name, a in adapters.items()}
 
         def kernel(rows: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -254,7 +254,7 @@ def _gather_fsdp(array: jax.Array, spec: P) -> jax.Array:
     """`array` with its fsdp axis gathered (an expert's axis stays split); inside `shard_map`."""
     for dim, entry in enumerate(spec, array.ndim - len(spec)):
         if "fsdp" in axes_of(entry):
-            array = jax.lax.all_gather(array, "fsdp", axis=dim, tiled=True)
+            array = gather_dim(array, dim, "fsdp")
     return array
 
 

@@ -3,6 +3,7 @@ where a reduce-scatter would do."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qvlmoe_jax import spread
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
-from qvlmoe_jax.collectives import placed_einsum, placed_lookup
+from qvlmoe_jax.collectives import gather_dim, placed_einsum, placed_lookup
 from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.layers import einsum
 from qvlmoe_jax.sharding import BATCH, fit, make_mesh, partition_spec
 from qvlmoe_jax.splash import splash_attention
 from tests import tolerances
-from train import hlo
+from train import hlo, topology
 from train.loss import token_losses
 
 MESHES = [
@@ -123,6 +125,28 @@ def test_gradients_of_odd_vocabularies_are_reduce_scattered(place: str) -> None:
 
         found = sent(cross_entropy, place, normal(1, 6, 40), normal(0, 8, 8, 6), IDS)
     assert found == gathered_and_scattered(40 * 6)
+
+
+# The shards of the 235B on 64 x 8 devices: 24 rows of each expert, 18 and 9 rows of the tower's matrices, and 64 that fill tiles.
+@pytest.mark.slow
+@pytest.mark.parametrize("shape, dim", [((16, 1536, 256), 1), ((16, 4096, 256), 1), ((1152, 4304), 0), ((576, 4608), 0)])
+def test_the_tpu_compiler_reduce_scatters_shards_of_any_height(shape: tuple[int, ...], dim: int) -> None:
+    if reason := topology.missing():
+        pytest.skip(f"no TPU compiler here: {reason}")
+    sizes = {"data": 1, "fsdp": 64, "expert": 2, "tensor": 1, "context": 1}
+    mesh = make_mesh(fsdp=64, expert=2, devices=topology.open_devices(topology.Topology.parse("v5p:4x4x8")))
+    spec = P(*("fsdp" if i == dim else None for i in range(len(shape))))
+
+    def gradient(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
+        product = jax.vjp(lambda w: x @ gather_dim(w, dim, "fsdp").reshape(-1, shape[-1]), w)[1]
+        return product(y)[0]
+
+    rows = NamedSharding(mesh, P(("fsdp", "expert")))
+    step = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(rows.spec, rows.spec, spec), out_specs=spec, check_vma=False))
+    x, y = (jax.ShapeDtypeStruct((128 * 512, n), jnp.bfloat16, sharding=rows) for n in (math.prod(shape[:-1]), shape[-1]))
+    text = step.lower(x, y, jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))).compile().as_text()
+    kinds = {one.kind for one in hlo.collectives(text or "", sizes)}
+    assert "reduce-scatter" in kinds and "all-reduce" not in kinds
 
 
 def test_the_partitioner_alone_all_reduces() -> None:
