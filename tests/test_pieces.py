@@ -1,4 +1,4 @@
-"""Rows in pieces: the same numbers and gradients, and only where it serves."""
+"""Patches in pieces: the same numbers and gradients, and only where it serves."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def normal(*shape: int) -> jax.Array:
     ((1, 96, 8), 96, (1, 96, 8)),
     ((1, 97, 8), 40, (1, 97, 8)),  # no divisor
     ((1, 96, 8), 1, (1, 96, 8)),  # would be more pieces than 64
+    ((0, 96, 8), 40, (0, 96, 8)),  # no pictures
 ])  # fmt: skip
 def test_equal_pieces(shape: tuple[int, ...], piece: int, given: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(seen(normal(*shape), monkeypatch, piece)) == {given}
