@@ -107,6 +107,8 @@ def draw(timed: Sequence[Timed], curves: Sequence[growth.Curve], file: Path) -> 
         axis.loglog(curve.sizes, curve.ours, "o-", color="#0b62a4", label="ours")
         axis.loglog(curve.sizes, curve.theirs, "o-", color="#999999", label="transformers")
         axis.set(xlabel=curve.what, ylabel="seconds")
+        axis.set_xticks(curve.sizes, [str(size) for size in curve.sizes])
+        axis.set_xticks([], minor=True)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(file, metadata={"Software": None})
 
