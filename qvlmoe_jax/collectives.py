@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qvlmoe_jax.sharding import BATCH, FSDP, PICTURES, active_mesh, axes_of, fit, partition_spec
+from qvlmoe_jax.sharding import BATCH, FSDP, PICTURES, active_mesh, axes_in, axes_of, fit, partition_spec
 
 LANES, TILE_BYTES = 128, 32
 """A TPU's tile: columns, and the bytes that its rows of one column take (8 of float32, 16 of bfloat16)."""
@@ -59,7 +59,7 @@ def gather(w: jax.Array, spec: P) -> jax.Array:
 def _met_by(w: jax.Array, spec: P, other: P) -> jax.Array:
     """`w` of this spec as varying over the axes of `other` too: its gradient is summed over them when it is scattered, not while
     it is whole; inside `shard_map`."""
-    axes = {axis for entry in other for axis in axes_of(entry)} - {axis for entry in spec for axis in axes_of(entry)}
+    axes = set(axes_in(*other)) - set(axes_in(*spec))
     return jax.lax.pcast(w, tuple(sorted(axes)), to="varying") if axes else w
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qvlmoe_jax.errors import ConfigError
-from qvlmoe_jax.sharding_table import AXES, BATCH, FSDP, HIDDEN, PICTURES, TABLE, VOCAB, axes_of, table_row
+from qvlmoe_jax.sharding_table import AXES, BATCH, FSDP, HIDDEN, PICTURES, TABLE, VOCAB, axes_in, axes_of, table_row
 
 __all__ = [
     "AXES",
@@ -24,6 +24,7 @@ __all__ = [
     "TABLE",
     "VOCAB",
     "active_mesh",
+    "axes_in",
     "axes_of",
     "batch_shardings",
     "constrain",

@@ -74,6 +74,11 @@ def axes_of(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def axes_in(*entries: Any) -> list[str]:
+    """The mesh axes of a PartitionSpec's entries, in their order."""
+    return [axis for entry in entries for axis in axes_of(entry)]
+
+
 def table_row(path: str) -> tuple[Any, ...]:
     """The spec over trailing dims of the one table row that `path` (keys joined by '/') hits. A quantised weight's codes and
     scales have the weight's own.

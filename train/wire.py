@@ -15,9 +15,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from qvlmoe_jax import Qwen3VLMoeConfig, hf
-from qvlmoe_jax.collectives import axes_of, fsdp_axes
+from qvlmoe_jax.collectives import fsdp_axes
 from qvlmoe_jax.param_tree import flatten, nest
-from qvlmoe_jax.sharding import BATCH, PICTURES, fit, partition_spec
+from qvlmoe_jax.sharding import BATCH, PICTURES, axes_in, axes_of, fit, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.optim import split_frozen
@@ -67,7 +67,7 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
         spec = partition_spec(path, shape, mesh)
         experts = "mlp/experts" in path
         gathered = tuple(a for i, entry in enumerate(spec) for a in fsdp_axes(entry) if not (experts and a == "expert"))
-        held = [axis for entry in spec for axis in axes_of(entry)]
+        held = axes_in(*spec)
         # what one device has in hand when it multiplies
         whole = math.prod(shape) * width / math.prod(sizes[a] for a in held if a not in gathered)
         n = math.prod(sizes[a] for a in gathered)
@@ -94,7 +94,7 @@ def _tokens(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tup
     width = jnp.dtype(config.model.compute_dtype).itemsize
     rows, columns = data.batch_rows, data.sequence_length
     rows_spec, columns_spec = fit((BATCH, "context"), (rows, columns), mesh)
-    local = rows * columns / math.prod(sizes[a] for entry in (rows_spec, columns_spec) for a in axes_of(entry))
+    local = rows * columns / math.prod(sizes[a] for a in axes_in(rows_spec, columns_spec))
     activations = config.data.accumulation * local * text.hidden_size * width
     again = config.backend.remat != "none"
     kinds = text.layer_kinds()

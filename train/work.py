@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvlmoe_jax import Qwen3VLMoeConfig, hf
-from qvlmoe_jax.collectives import axes_of, fsdp_axes
+from qvlmoe_jax.collectives import fsdp_axes
 from qvlmoe_jax.param_tree import flatten, nest
-from qvlmoe_jax.sharding import partition_spec
+from qvlmoe_jax.sharding import axes_in, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.feed import Counts
@@ -69,7 +69,7 @@ def hbm_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, counts: Counts, devi
     trained = set(flatten(split_frozen(nest({p: np.empty(0) for p in hf.param_shapes(model)}), config.model.freeze)[0]))
     for path, shape in hf.param_shapes(model).items():
         spec = partition_spec(path, shape, mesh)
-        held = [axis for entry in spec for axis in axes_of(entry)]
+        held = axes_in(*spec)
         local = math.prod(shape) / math.prod(sizes[a] for a in held)
         gathered = [a for entry in spec for a in fsdp_axes(entry) if not ("mlp/experts" in path and a == "expert")]
         whole = local * math.prod(sizes[a] for a in gathered)
