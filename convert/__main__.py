@@ -7,30 +7,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from qvlmoe_jax.errors import QvlmoeError
-
-
-class UsageError(QvlmoeError):
-    """The command line itself is wrong."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other user error: one line, status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def _printable(text: str) -> str:
-    """Names come from files that others wrote: a terminal gets no control characters, an encoding no lone surrogates."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+from qvlmoe_jax.command_line import Parser, print_error, printable
+from qvlmoe_jax.errors import QvlmoeError, UsageError
 
 
 def _say(text: str) -> None:
     for line in text.split("\n"):
-        print(_printable(line), flush=True)
+        print(printable(line), flush=True)
 
 
 def _hf2jax(args: argparse.Namespace) -> None:
@@ -82,7 +66,7 @@ def _size(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
-    parser = _Parser(prog="python -m convert", description="Convert Qwen3-VL-MoE (and dense Qwen3-VL) checkpoints.")
+    parser = Parser(prog="python -m convert", description="Convert Qwen3-VL-MoE (and dense Qwen3-VL) checkpoints.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     hf2jax = commands.add_parser(
@@ -133,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         args.run(args)
     except (QvlmoeError, OSError) as error:
-        # one line whatever the message quotes
-        print("error:", _printable(" ".join(str(error).split())), file=sys.stderr)
+        print_error(error)
         return 2
     except MemoryError:
         print("error: out of memory; expected about 1 GB to be free, close other programs", file=sys.stderr)

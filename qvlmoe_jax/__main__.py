@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from qvlmoe_jax.command_line import Parser, print_error
 from qvlmoe_jax.errors import QvlmoeError, UsageError
 
 if TYPE_CHECKING:
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other user error: one line, status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 class _Part(argparse.Action):
@@ -56,7 +50,7 @@ def parse_mesh(text: str) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
-    parser = _Parser(prog="python -m qvlmoe_jax", description="Run Qwen3-VL-MoE (and dense Qwen3-VL) checkpoints.")
+    parser = Parser(prog="python -m qvlmoe_jax", description="Run Qwen3-VL-MoE (and dense Qwen3-VL) checkpoints.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate = commands.add_parser(
         "generate",
@@ -176,7 +170,7 @@ def _converse(chat: Chat, media: list[dict[str, Any]], *, as_json: bool, log: An
             try:
                 _answer(chat, [*media, {"type": "text", "text": line}], None, as_json=as_json, log=log)
             except (QvlmoeError, OSError) as error:
-                _note(f"error: {_one_line(error)}")
+                print_error(error)
             media = []
 
 
@@ -207,11 +201,6 @@ def _summary(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _one_line(error: BaseException) -> str:
-    """Whatever the message quotes: names come from files that others wrote."""
-    return " ".join(str(error).split())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's error (one line on stderr), 130 interrupted."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
@@ -221,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         args.run(args)
     except (QvlmoeError, OSError) as error:
-        print("error:", _one_line(error), file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

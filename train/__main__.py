@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -10,7 +9,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvlmoe_jax.errors import QvlmoeError
+from qvlmoe_jax.command_line import Parser, print_error
+from qvlmoe_jax.errors import QvlmoeError, UsageError
 
 USAGE = """usage: python -m train CONFIG.yaml [--dotted.key value ...]     train, or go on where the run was stopped
        python -m train plot RUN                                draw RUN/curves.png from its metrics
@@ -26,10 +26,6 @@ Exit status: 0 done, 1 the plan does not fit or this or another process broke, 2
 130 interrupted, 143 stopped by SIGTERM after saving."""
 
 STOPPED = 143  # 128 + SIGTERM, what a shell reports for a program ended by it
-
-
-class UsageError(QvlmoeError):
-    """The command line itself is wrong."""
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -58,17 +54,14 @@ def _plot(arguments: Sequence[str]) -> int:
 
 
 def _plan(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train plan", exit_on_error=False, allow_abbrev=False)
+    parser = Parser(prog="python -m train plan", allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("--topology", help="kind:AxB[xC] of v4, v5e, v5p, v6e, tpu7x; v5p:4x4x4 is 64 chips")
     parser.add_argument("--dataset-tokens", type=float, help="also say how long one pass over so many text tokens takes")
     parser.add_argument("--sweep", action="store_true", help="try meshes, remat and batch sizes; print the best that fits")
     parser.add_argument("--programs", type=int, default=4, help="how many programs a sweep compiles at most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
-    try:
-        options, overrides = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UsageError(f"{error}; see python -m train plan --help") from None
+    options, overrides = parser.parse_known_args(arguments)
     if options.topology is None:
         raise UsageError("plan needs --topology, such as v5p:4x4x4; see python -m train plan --help")
     from train import topology
@@ -90,15 +83,12 @@ def _plan(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train export", exit_on_error=False)
+    parser = Parser(prog="python -m train export")
     parser.add_argument("source", metavar="RUN", type=Path)
     parser.add_argument("destination", metavar="DST", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--adapter", action="store_true")
-    try:
-        options = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UsageError(f"{error}; see python -m train --help") from None
+    options = parser.parse_args(arguments)
     from train.run_files import export_adapter, export_run
 
     if options.adapter:
@@ -154,7 +144,7 @@ def _run(argv: Sequence[str] | None) -> int:
         )
         return 2
     except (QvlmoeError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the run goes on from its newest checkpoint", file=sys.stderr)

@@ -1,0 +1,26 @@
+"""What the commands have in common: how they read a command line, and how they say what is wrong. Imports no jax."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+from qvlmoe_jax.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other user error: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def printable(line: str) -> str:
+    """Names come from files that others wrote: a terminal gets no control characters, an encoding no lone surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def print_error(error: BaseException) -> None:
+    """One line on stderr, whatever the message quotes."""
+    print("error:", printable(" ".join(str(error).split())), file=sys.stderr, flush=True)
