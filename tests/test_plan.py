@@ -21,6 +21,7 @@ from train import aot, hlo, plan, roofline, topology, wire, work
 from train.config import TrainConfig, load_config
 from train.config_tree import plain
 from train.errors import TrainingError
+from train.flops import forward_flops
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESH = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
@@ -166,6 +167,26 @@ def test_the_least_by_hand(tmp_path: Path) -> None:
     assert ("experts' gradients scattered", ("fsdp",)) not in {(t.what, t.axes) for t in wire.least(frozen, model)}
 
 
+def test_a_lora_step_reduces_no_gradient_of_its_base(tmp_path: Path) -> None:
+    lora = {"rank": 2, "targets": ["attention", "experts"]}
+    config = step_config(tmp_path, {"fsdp": 4, "expert": 2}, lora=lora)
+    _, sent, least = compiled(config)
+    total, minimum = sum(one.wire_bytes for one in sent), sum(term.bytes for term in least)
+    assert 0.95 * minimum <= total <= 1.15 * minimum, (hlo.by_kind(sent), least)
+    scattered = sum(term.bytes for term in least if "scattered" in term.what)
+    assert 0 < scattered < 0.1 * sum(term.bytes for term in least if "gathered" in term.what)
+
+
+def test_a_lora_step_computes_no_gradient_of_its_base(tmp_path: Path) -> None:
+    config = step_config(tmp_path, {"fsdp": 4, "expert": 2}, lora={"rank": 1, "targets": ["attention", "experts"]})
+    model = aot.model_config(config)
+    forward = forward_flops(model, work.full_counts(config))
+    needed = 8 * work.work(config, model, 8, 0.0).model_flops
+    # the tower only forward; gradients of the inputs through text and head; the adapters' own are little
+    expected = forward["vision"] + forward["merger"] + 2 * (forward["text"] + forward["head"])
+    assert expected < needed < 1.05 * expected
+
+
 def test_roofline_arithmetic() -> None:
     v5p = topology.Topology.parse("v5p:4x4x4")
     e = roofline.estimate(roofline.Work(459e12, 2 * 459e12, 2765e9 / 2, 600e9), v5p)
@@ -189,7 +210,7 @@ def test_published_runs_stand_beside_the_formula() -> None:
     assert roofline.gaps("v5e") == (min(roofline.calibrate(r).gap for r in roofline.RUNS), pytest.approx(0.537 / 0.75))
 
 
-SHIPPED = re.compile(r"(\w+b)(-128k)?-(v\w+)-([\dx-]+)")
+SHIPPED = re.compile(r"(\w+b)(-128k|-lora)?-(v\w+)-([\dx-]+)")
 
 
 def test_the_gpu_config_is_one_host_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,19 +228,19 @@ def test_shipped_configs_are_their_topology(path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(CONFIGS.parent)
     found = SHIPPED.fullmatch(path.stem)  # 30b-v6e-8x8, 30b-128k-v5p-4x4x8
     assert found, path
-    size, long, kind, sides = found.groups()
+    size, variant, kind, sides = found.groups()
     where = topology.Topology.parse(f"{kind}:{sides.replace('-', 'x')}")
     config = load_config(path)
     plan.check(config, where)
     model = Qwen3VLMoeConfig.from_json(config.model.path)
-    assert (model.text_config.hidden_size, model.text_config.num_hidden_layers) == {"30b": (2048, 48), "235b": (4096, 94)}[
-        size
-    ]
+    assert (model.text_config.hidden_size, model.text_config.num_hidden_layers) == {"30b": (2048, 48), "235b": (4096, 94)}[size]
     assert config.model.param_dtype == "float32" and config.optimizer.moment_dtype in (None, "float32")
     todo = work.work(config, model, where.devices, 0.0)
     tokens = work.full_counts(config).tokens
     # text alone, the tower adds some; at 131,072 tokens attention is six sevenths
-    per_token = 168e9 if long else {"30b": 23.1e9, "235b": 148.3e9}[size]
+    per_token = 168e9 if variant == "-128k" else {"30b": 23.1e9, "235b": 148.3e9}[size]
+    if config.lora is not None:  # no gradients of weights; the adapters' own products are not counted
+        per_token *= 2 / 3
     assert per_token < todo.model_flops * where.devices / tokens < 1.25 * per_token
 
 

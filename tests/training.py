@@ -82,11 +82,13 @@ def write_weights(directory: Path, config: Mapping[str, Any]) -> Path:
 
 
 def make_config(run: Path, model: Path, **changes: Any) -> TrainConfig:
-    """A short fp32 run, from scratch unless `model` has weights; `changes` are nested as in YAML. `data` is never opened."""
+    """A short fp32 run, from scratch unless `model` has weights or adapters are trained; `changes` are nested as in YAML.
+    `data` is never opened."""
+    from_scratch = not (model / "model.safetensors").exists() and "lora" not in changes
     base = {
         "run": str(run),
         "steps": 6,
-        "model": {"path": str(model), "from_scratch": not (model / "model.safetensors").exists(), "compute_dtype": "float32"},
+        "model": {"path": str(model), "from_scratch": from_scratch, "compute_dtype": "float32"},
         "data": {"sources": [{"path": "unused.jsonl"}]},
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"name": "constant"},

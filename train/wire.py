@@ -14,13 +14,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qvlmoe_jax import Qwen3VLMoeConfig, hf
+from qvlmoe_jax import Qwen3VLMoeConfig
 from qvlmoe_jax.collectives import fsdp_axes
-from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.sharding import BATCH, PICTURES, axes_in, axes_of, fit, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
-from train.optim import split_frozen
+from train.parameters import parameters
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,6 @@ class MeshSizes:
     shape: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
-
-
 def least(config: TrainConfig, model: Qwen3VLMoeConfig) -> list[Term]:
     """The terms of one step, largest first."""
     sizes: dict[str, int] = plain(config.mesh)
@@ -60,10 +54,9 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
     """Gathering weights over FSDP and reducing gradients."""
     sizes: Mapping[str, int] = mesh.shape
     width = jnp.dtype(config.model.compute_dtype).itemsize
-    shapes = hf.param_shapes(model)
-    trained = set(flatten(split_frozen(nest({p: _Shape(s) for p, s in shapes.items()}), config.model.freeze)[0]))
+    trained, frozen = parameters(config, model)
     terms: list[tuple[tuple[str, tuple[str, ...]], float]] = []
-    for path, shape in shapes.items():
+    for path, shape in ((path, leaf.shape) for path, leaf in (trained | frozen).items()):
         spec = partition_spec(path, shape, mesh)
         experts = "mlp/experts" in path
         gathered = tuple(a for i, entry in enumerate(spec) for a in fsdp_axes(entry) if not (experts and a == "expert"))

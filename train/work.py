@@ -6,17 +6,15 @@ import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-import numpy as np
 
-from qvlmoe_jax import Qwen3VLMoeConfig, hf
+from qvlmoe_jax import Qwen3VLMoeConfig
 from qvlmoe_jax.collectives import fsdp_axes
-from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.sharding import axes_in, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.feed import Counts
 from train.flops import forward_flops, step_flops
-from train.optim import split_frozen
+from train.parameters import parameters
 from train.roofline import Work
 from train.wire import MeshSizes
 
@@ -41,8 +39,7 @@ def full_counts(config: TrainConfig) -> Counts:
 def work(config: TrainConfig, model: Qwen3VLMoeConfig, devices: int, wire_bytes: float) -> Work:
     """One device's share of a step, evenly spread (routing balanced)."""
     counts = full_counts(config)
-    shapes = nest({path: np.broadcast_to(np.int8(0), shape) for path, shape in hf.param_shapes(model).items()})
-    needed = step_flops(model, counts, *split_frozen(shapes, config.model.freeze))
+    needed = step_flops(model, counts, *parameters(config, model))
     forward = forward_flops(model, counts)
     text = model.text_config
     experts = 2.0 * counts.tokens * text.num_experts_per_tok * 3 * text.hidden_size * text.moe_intermediate_size
@@ -66,8 +63,8 @@ def hbm_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, counts: Counts, devi
     width = jnp.dtype(config.model.compute_dtype).itemsize
     master = jnp.dtype(config.model.param_dtype).itemsize
     total = 0.0
-    trained = set(flatten(split_frozen(nest({p: np.empty(0) for p in hf.param_shapes(model)}), config.model.freeze)[0]))
-    for path, shape in hf.param_shapes(model).items():
+    trained, frozen = parameters(config, model)
+    for path, shape in ((path, leaf.shape) for path, leaf in (trained | frozen).items()):
         spec = partition_spec(path, shape, mesh)
         held = axes_in(*spec)
         local = math.prod(shape) / math.prod(sizes[a] for a in held)
