@@ -102,6 +102,37 @@ def test_collectives_are_counted_as_often_as_they_run() -> None:
     assert hlo.by_kind(list(found.values()))["all-gather", ("fsdp",)] == 22 * whole * 3 / 4
 
 
+def test_a_collective_in_pieces_counts_once() -> None:
+    gather = (
+        "all-gather(%p), replica_groups=mesh['fsdp'=4,'expert'=2] {'fsdp'}, dimensions={0}, "
+        'frontend_attributes={chain_id="9"}, metadata={op_name="jit(f)/gather"}'
+    )
+    program = f"""
+%start (p: u8[2,6]) -> (u8[2,6], u8[8,6]) {{
+  %p = u8[2,6]{{1,0}} parameter(0)
+  %all-gather.1 = u8[8,6]{{1,0}} {gather}
+  ROOT %custom-call.1 = (u8[2,6]{{1,0}}, u8[8,6]{{1,0}}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}}
+%beside (p: u8[2,6]) -> u8[8,6] {{
+  %p = u8[2,6]{{1,0}} parameter(0)
+  ROOT %all-gather.2 = u8[8,6]{{1,0}} {gather}
+}}
+%done (p: u8[2,6]) -> u8[8,6] {{
+  %p = u8[2,6]{{1,0}} parameter(0)
+  %all-gather.3 = u8[8,6]{{1,0}} {gather}
+  ROOT %custom-call.2 = u8[8,6]{{1,0}} custom-call(%p, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}}
+ENTRY %main (p: u8[2,6]) -> u8[8,6] {{
+  %p = u8[2,6]{{1,0}} parameter(0)
+  %fusion.1 = (u8[2,6]{{1,0}}, u8[8,6]{{1,0}}) fusion(%p), kind=kCustom, calls=%start
+  %fusion.2 = u8[8,6]{{1,0}} fusion(%p), kind=kOutput, calls=%beside
+  ROOT %fusion.3 = u8[8,6]{{1,0}} fusion(%p), kind=kCustom, calls=%done
+}}
+"""
+    (found,) = hlo.collectives(program, MESH)
+    assert (found.kind, found.axes, found.times, found.wire_bytes) == ("all-gather", ("fsdp",), 1, 8 * 6 * 3 / 4)
+
+
 @pytest.mark.parametrize(
     "text, axes, size",
     [
@@ -210,7 +241,7 @@ def test_published_runs_stand_beside_the_formula() -> None:
     assert roofline.gaps("v5e") == (min(roofline.calibrate(r).gap for r in roofline.RUNS), pytest.approx(0.537 / 0.75))
 
 
-SHIPPED = re.compile(r"(\w+b)(-128k|-lora)?-(v\w+)-([\dx-]+)")
+SHIPPED = re.compile(r"(\w+b)(-128k|-q?lora)?-(v\w+)-([\dx-]+)")
 
 
 def test_the_gpu_config_is_one_host_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,9 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # slice of it, run by what runs reduce-scatter instructions (its emitter is an `AllReduceScatterFusion` too) and, on TPU v2, in
 # the time of one (https://jax-ml.github.io/scaling-book/profiling).
 _SCATTER_FUSION = "all-reduce-scatter"
+# How it prints, on v5e, a collective that runs beside other work: the instruction stands in every fusion it overlaps with, in
+# the one that starts it (a call of this target) and in the one that waits for it, under one `chain_id`.
+_CHAINED, _CHAIN_START = 'chain_id="', '"AsyncCollectiveStart"'
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,10 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
 
     @functools.cache
     def inside(name: str) -> tuple[Collective, ...]:
-        return tuple(found for _, rhs in program[name].lines for found in _of(rhs))
+        lines = [rhs for _, rhs in program[name].lines]
+        if not any(_CHAIN_START in rhs for rhs in lines):
+            lines = [rhs for rhs in lines if not (_CHAINED in rhs and is_collective(rhs))]
+        return tuple(found for rhs in lines for found in _of(rhs))
 
     def _of(rhs: str) -> Iterator[Collective]:
         opcode, result = _opcode(rhs)
