@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from qvlmoe_jax.quantised import QuantisedWeight, expanded
 from qvlmoe_jax.sharding import BATCH, FSDP, PICTURES, active_mesh, axes_in, axes_of, fit, partition_spec
 
 LANES, TILE_BYTES = 128, 32
@@ -68,8 +69,8 @@ def _rows_cover(rows: Any, spec: P, mesh: Any) -> bool:
     return {axis for entry in spec for axis in fsdp_axes(entry)} <= set(axes_of(rows)) and mesh.size > 1
 
 
-def placed_einsum(equation: str, x: jax.Array, w: jax.Array, place: str, product: Any) -> jax.Array:
-    """`product(equation, x, w)` with the weight of the sharding table's path `place`.
+def placed_einsum(equation: str, x: jax.Array, w: jax.Array | QuantisedWeight, place: str, product: Any) -> jax.Array:
+    """`product(equation, x, w)` with the weight of the sharding table's path `place`. A quantised one is gathered as it is held.
 
     Dim 0 of x is spread as rows of text are where there is a dim T, else as rows of patches; a dim T as text columns, and a dim
     that the table splits over `tensor` likewise.
@@ -79,7 +80,7 @@ def placed_einsum(equation: str, x: jax.Array, w: jax.Array, place: str, product
     inputs, output = equation.split("->")
     x_letters, w_letters = inputs.split(",")
     if mesh is None or math.prod(x.shape[:2]) < w.shape[0]:
-        return product(equation, x, w)
+        return product(equation, x, expanded(w))
     if x_letters.startswith("..."):
         lead = "RP"[: x.ndim - len(x_letters) + 3]
         x_letters, output = x_letters.replace("...", lead), output.replace("...", lead)
@@ -88,16 +89,21 @@ def placed_einsum(equation: str, x: jax.Array, w: jax.Array, place: str, product
     tensor = {letter: "tensor" for letter, entry in zip(w_letters, w_spec, strict=True) if "tensor" in axes_of(entry)}
     split = {x_letters[0]: BATCH if "T" in x_letters else PICTURES, "T": "context", **tensor}
     x_spec = fit([split.get(letter) for letter in x_letters], x.shape, mesh)
+    if isinstance(w, QuantisedWeight) and "tensor" in axes_of(w_spec[w.packed]):
+        w = w[...]  # a device may hold parts of blocks
     if not _rows_cover(x_spec[0], w_spec, mesh):
-        return product(equation, x, w)
+        return product(equation, x, expanded(w))
+    held, expand = ((w.codes[...], w.scales[...]), w.expand) if isinstance(w, QuantisedWeight) else ((w,), lambda w: w)
+    specs = tuple(partition_spec(place, part.shape, mesh) for part in held)  # of codes and scales it is the weight's own row
     of = {**dict(zip(x_letters, x_spec, strict=True)), **tensor}
     contracted = any(letter not in output for letter in tensor)
 
-    def local(x: jax.Array, w: jax.Array) -> jax.Array:
-        y = product(equation, x, gather(_met_by(w, w_spec, x_spec), w_spec))
+    def local(x: jax.Array, *held: jax.Array) -> jax.Array:
+        w = expand(*(gather(_met_by(part, spec, x_spec), spec) for part, spec in zip(held, specs, strict=True)))
+        y = product(equation, x, w)
         return jax.lax.psum(y, "tensor") if contracted else y
 
-    return jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=P(*(of.get(letter) for letter in output)))(x, w)
+    return jax.shard_map(local, in_specs=(x_spec, *specs), out_specs=P(*(of.get(letter) for letter in output)))(x, *held)
 
 
 def placed_lookup(table_VD: jax.Array, ids_BT: jax.Array, place: str) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qvlmoe_jax.collectives import placed_einsum, placed_lookup
-from qvlmoe_jax.quantised import QuantisedWeight
+from qvlmoe_jax.quantised import QuantisedWeight, expanded
 
 Init = Callable[..., jax.Array]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -83,15 +83,15 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if isinstance(self.weight, QuantisedWeight):
             # The backward pass expands the weight again: kept, it would be one of full size per layer.
-            y = jax.checkpoint(lambda x, weight: self._product(self.equation, x, weight[...], "weight"))(x, self.weight)
+            y = jax.checkpoint(lambda x, weight: self._product(self.equation, x, weight, "weight"))(x, self.weight)
         else:
             y = self._product(self.equation, x, self.weight[...], "weight")
         y = y if self.bias is None else y + self.bias[...]
         return y if self.lora_A is None else y + self._low_rank(x)
 
-    def _product(self, equation: str, x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
+    def _product(self, equation: str, x: jax.Array, weight: jax.Array | QuantisedWeight, name: str) -> jax.Array:
         if self.place is None:
-            return einsum(equation, x, weight)
+            return einsum(equation, x, expanded(weight))
         return placed_einsum(equation, x, weight, self.place.removesuffix("weight") + name, einsum)
 
     def _low_rank(self, x: jax.Array) -> jax.Array:

@@ -30,8 +30,22 @@ class QuantisedWeight(nnx.Module):
         self.codes = nnx.Param(jax.ShapeDtypeStruct(codes, jnp.int8 if kind == "int8" else jnp.uint8))
         self.scales = nnx.Param(jax.ShapeDtypeStruct(scales, jnp.float32))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the expanded weight."""
+        codes = self.codes[...].shape
+        return (*codes[: self.packed], self.size, *codes[self.packed + 1 :])
+
+    @property
+    def packed(self) -> int:
+        """The last input dim, along which blocks lie and codes share bytes."""
+        return self.codes[...].ndim - self.num_outputs - 1
+
     def __getitem__(self, _: Any) -> jax.Array:
-        codes, scales = self.codes[...], self.scales[...]
+        return self.expand(self.codes[...], self.scales[...])
+
+    def expand(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        """The weight of these codes and scales, or the part of it that they are: any, if the dim `packed` is whole."""
         if self.kind == "int8":
             return (codes.astype(jnp.float32) * scales).astype(self.dtype)
         last = codes.ndim - self.num_outputs - 1
@@ -46,3 +60,8 @@ class QuantisedWeight(nnx.Module):
         )
         values, blocks = (jax.lax.slice_in_dim(a, 0, self.size, axis=last) for a in (values, blocks.reshape(shape)))
         return (values * blocks).astype(self.dtype)
+
+
+def expanded(weight: jax.Array | QuantisedWeight) -> jax.Array:
+    """The array that a weight is, or stands for."""
+    return weight if isinstance(weight, jax.Array) else weight[...]

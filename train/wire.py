@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from qvlmoe_jax import Qwen3VLMoeConfig
 from qvlmoe_jax.collectives import fsdp_axes
+from qvlmoe_jax.lora import linear_dims
+from qvlmoe_jax.quantise import quantised_bytes
 from qvlmoe_jax.sharding import BATCH, PICTURES, axes_in, axes_of, fit, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
@@ -55,14 +57,17 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
     sizes: Mapping[str, int] = mesh.shape
     width = jnp.dtype(config.model.compute_dtype).itemsize
     trained, frozen = parameters(config, model)
+    quantisation = config.lora and config.lora.base_quantization
     terms: list[tuple[tuple[str, tuple[str, ...]], float]] = []
     for path, shape in ((path, leaf.shape) for path, leaf in (trained | frozen).items()):
         spec = partition_spec(path, shape, mesh)
         experts = "mlp/experts" in path
         gathered = tuple(a for i, entry in enumerate(spec) for a in fsdp_axes(entry) if not (experts and a == "expert"))
         held = axes_in(*spec)
-        # what one device has in hand when it multiplies
-        whole = math.prod(shape) * width / math.prod(sizes[a] for a in held if a not in gathered)
+        # what one device has in hand when it multiplies, as it is sent
+        dims = linear_dims(path) if quantisation else None
+        size = quantised_bytes(quantisation, shape, dims) if quantisation and dims else math.prod(shape) * width
+        whole = size / math.prod(sizes[a] for a in held if a not in gathered)
         n = math.prod(sizes[a] for a in gathered)
         in_scan = "language_model/layers" in path or "visual/blocks" in path
         gathers = 2 if in_scan and config.backend.remat != "none" else 1

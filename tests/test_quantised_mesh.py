@@ -1,0 +1,80 @@
+"""Quantised weights on meshes: gathered as they are held, and the product is one device's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from qvlmoe_jax.collectives import placed_einsum
+from qvlmoe_jax.layers import einsum
+from qvlmoe_jax.lora import Quantization, linear_dims
+from qvlmoe_jax.quantise import codes_of, quantised_bytes, scales_of
+from qvlmoe_jax.quantised import QuantisedWeight
+from qvlmoe_jax.sharding import BATCH, fit, make_mesh, partition_spec
+from tests import tolerances
+from tests.test_collectives import by_mesh, normal
+from train import hlo
+
+PRODUCTS = {  # equation, inputs, weight, place; 512 inputs are eight blocks, a head of 96 one and a half
+    "q_proj": ("BTD,DNH->BTNH", (8, 64, 512), (512, 4, 6), "layers/self_attn/q_proj/weight"),
+    "o_proj": ("BTNH,NHD->BTD", (8, 8, 4, 96), (4, 96, 16), "layers/self_attn/o_proj/weight"),
+    "down_proj": ("BTF,FD->BTD", (8, 64, 192), (192, 16), "layers/mlp/down_proj/weight"),
+}
+
+
+def quantised(kind: Quantization, shape: tuple[int, ...], place: str) -> Any:
+    dims = linear_dims(f"model/language_model/{place}")
+    assert dims is not None
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    scales = scales_of(kind, values, dims)
+    weight: Any = QuantisedWeight(kind, shape, dims, jnp.float32)
+    weight.codes, weight.scales = nnx.Param(jnp.asarray(codes_of(kind, values, scales, dims))), nnx.Param(jnp.asarray(scales))
+    return weight
+
+
+@by_mesh
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_and_gradients_agree(sizes: dict[str, Any], kind: Quantization, name: str) -> None:
+    equation, inputs, shape, place = PRODUCTS[name]
+    weight = quantised(kind, shape, place)
+    assert weight.shape == shape
+
+    def product_and_gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, pullback = jax.vjp(lambda x: placed_einsum(equation, x, weight, place, einsum), x)
+        return y, pullback(dy)[0]
+
+    x = normal(1, *inputs)
+    arguments = x, normal(2, *einsum(equation, x, weight[...]).shape)
+    expected = jax.jit(product_and_gradient)(*arguments)
+    with jax.set_mesh(make_mesh(**sizes)):
+        found = jax.jit(product_and_gradient)(*arguments)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(b, a, rtol=tolerances.MODULE, atol=tolerances.MODULE * float(jnp.max(jnp.abs(a))))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_codes_and_scales_are_what_is_gathered(kind: Quantization) -> None:
+    equation, inputs, shape, place = PRODUCTS["q_proj"]
+    weight = quantised(kind, shape, place)
+    sizes = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
+    mesh = make_mesh(fsdp=4, expert=2)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones(inputs), NamedSharding(mesh, fit((BATCH, None, None), inputs, mesh)))
+        for part in (weight.codes, weight.scales):
+            part[...] = jax.device_put(part[...], NamedSharding(mesh, partition_spec(place, part[...].shape, mesh)))
+        step = jax.jit(lambda x, weight: placed_einsum(equation, x, weight, place, einsum))
+        text = step.lower(x, weight).compile().as_text() or ""
+    moved = {one.kind: 0.0 for one in hlo.collectives(text, sizes)}
+    for one in hlo.collectives(text, sizes):
+        moved[one.kind] += one.wire_bytes
+    dims = linear_dims(f"model/language_model/{place}")
+    assert dims is not None
+    scales = 4 * 4 * 6 if kind == "int8" else 0  # one for each output, which every device has
+    assert moved == {"all-gather": (quantised_bytes(kind, shape, dims) - scales) * 7 / 8}
