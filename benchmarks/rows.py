@@ -192,7 +192,9 @@ def train(sizes: Sizes) -> Iterator[Timed]:
     for kind, rows in {"2 x 512": [[cases.Text(512)]] * 2, "2 x 512 with pictures": PICTURES}.items():
         inputs = cases.build(both.config, rows)
         labels = cases.shifted_labels(inputs, both.config)
-        batch = Batch.from_hf(both.ours.config, **inputs, labels=labels)
+        # One vision row that the pictures fill, as a training configuration would name it (docs/data.md) and packing fill it.
+        patches = int(inputs["image_grid_thw"].prod(axis=1).sum()) if "image_grid_thw" in inputs else None
+        batch = Batch.from_hf(both.ours.config, **inputs, labels=labels, row_patches=patches)
         batch = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
         yield compare(
             f"train step, {kind}",
