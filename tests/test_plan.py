@@ -111,6 +111,7 @@ def test_a_collective_in_pieces_counts_once() -> None:
 %start (p: u8[2,6]) -> (u8[2,6], u8[8,6]) {{
   %p = u8[2,6]{{1,0}} parameter(0)
   %all-gather.1 = u8[8,6]{{1,0}} {gather}
+  %all-gather.9 = u8[8,6]{{1,0}} {gather.replace('"9"', '"8"')}
   ROOT %custom-call.1 = (u8[2,6]{{1,0}}, u8[8,6]{{1,0}}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }}
 %beside (p: u8[2,6]) -> u8[8,6] {{

@@ -35,6 +35,7 @@ _SCATTER_FUSION = "all-reduce-scatter"
 # How it prints, on v5e, a collective that runs beside other work: the instruction stands in every fusion it overlaps with, in
 # the one that starts it (a call of this target) and in the one that waits for it, under one `chain_id`.
 _CHAINED, _CHAIN_START = 'chain_id="', '"AsyncCollectiveStart"'
+_USED = re.compile(r"%([\w.\-]+)")
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,10 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
 
     @functools.cache
     def inside(name: str) -> tuple[Collective, ...]:
-        lines = [rhs for _, rhs in program[name].lines]
-        if not any(_CHAIN_START in rhs for rhs in lines):
-            lines = [rhs for rhs in lines if not (_CHAINED in rhs and is_collective(rhs))]
-        return tuple(found for rhs in lines for found in _of(rhs))
+        lines = program[name].lines
+        started = {used for _, rhs in lines if _CHAIN_START in rhs for used in _USED.findall(rhs)}
+        once = (rhs for own, rhs in lines if own in started or not (_CHAINED in rhs and is_collective(rhs)))
+        return tuple(found for rhs in once for found in _of(rhs))
 
     def _of(rhs: str) -> Iterator[Collective]:
         opcode, result = _opcode(rhs)
