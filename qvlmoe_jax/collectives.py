@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qvlmoe_jax.quantised import QuantisedWeight, expanded
+from qvlmoe_jax.quantised import QuantisedWeight
 from qvlmoe_jax.sharding import BATCH, FSDP, PICTURES, active_mesh, axes_in, axes_of, fit, partition_spec
 
 LANES, TILE_BYTES = 128, 32
@@ -80,7 +80,7 @@ def placed_einsum(equation: str, x: jax.Array, w: jax.Array | QuantisedWeight, p
     inputs, output = equation.split("->")
     x_letters, w_letters = inputs.split(",")
     if mesh is None or math.prod(x.shape[:2]) < w.shape[0]:
-        return product(equation, x, expanded(w))
+        return product(equation, x, w[...])
     if x_letters.startswith("..."):
         lead = "RP"[: x.ndim - len(x_letters) + 3]
         x_letters, output = x_letters.replace("...", lead), output.replace("...", lead)
@@ -89,11 +89,13 @@ def placed_einsum(equation: str, x: jax.Array, w: jax.Array | QuantisedWeight, p
     tensor = {letter: "tensor" for letter, entry in zip(w_letters, w_spec, strict=True) if "tensor" in axes_of(entry)}
     split = {x_letters[0]: BATCH if "T" in x_letters else PICTURES, "T": "context", **tensor}
     x_spec = fit([split.get(letter) for letter in x_letters], x.shape, mesh)
-    if isinstance(w, QuantisedWeight) and "tensor" in axes_of(w_spec[w.packed]):
-        w = w[...]  # a device may hold parts of blocks
     if not _rows_cover(x_spec[0], w_spec, mesh):
-        return product(equation, x, expanded(w))
-    held, expand = ((w.codes[...], w.scales[...]), w.expand) if isinstance(w, QuantisedWeight) else ((w,), lambda w: w)
+        return product(equation, x, w[...])
+    # A quantised dim that is split over `tensor` is expanded before: a device may hold parts of its blocks.
+    if isinstance(w, QuantisedWeight) and "tensor" not in axes_of(w_spec[w.packed]):
+        held, expand = (w.codes[...], w.scales[...]), w.expand
+    else:
+        held, expand = (w[...],), lambda w: w
     specs = tuple(partition_spec(place, part.shape, mesh) for part in held)  # of codes and scales it is the weight's own row
     of = {**dict(zip(x_letters, x_spec, strict=True)), **tensor}
     contracted = any(letter not in output for letter in tensor)

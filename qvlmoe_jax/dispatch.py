@@ -6,7 +6,6 @@ S tokens, D hidden, E experts, k experts per token, R = S*k rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,16 +62,22 @@ def dispatch(x_SD: jax.Array, experts_SK: jax.Array, num_experts: int) -> tuple[
 @jax.custom_vjp
 def combine(rows_RD: jax.Array, order: Order, weights_SK: jax.Array) -> jax.Array:
     """Undoes `dispatch`: `[S,D]`, each token the weighted sum of its k rows, summed in float32."""
-
-    def one_by_one(rows_RD: jax.Array, order: Order, weights_SK: jax.Array) -> jax.Array:
-        return _sum_of_choices(rows_RD, order, list(jnp.unstack(weights_SK, axis=1)))
-
-    return jax.lax.platform_dependent(rows_RD, order, weights_SK, cpu=one_by_one, default=_combine_at_once)
+    return jax.lax.platform_dependent(rows_RD, order, weights_SK, cpu=_combine_one_by_one, default=_combine_at_once)
 
 
 def _combine_at_once(rows_RD: jax.Array, order: Order, weights_SK: jax.Array) -> jax.Array:
     chosen = _to_choices(rows_RD, order).reshape(*weights_SK.shape, -1)
     return float32_einsum("SKD,SK->SD", chosen, weights_SK).astype(rows_RD.dtype)
+
+
+def _combine_one_by_one(rows_RD: jax.Array, order: Order, weights_SK: jax.Array) -> jax.Array:
+    """One gather of S rows after another, which a CPU adds up in one pass; as a sum over an axis, `[S,k,D]` would be written to
+    memory first, in four to eight times as long. (On a TPU these gathers take more memory than one of all rows: 1.8 GiB a
+    device of 30B's step on v6e:8x8.)
+    """
+    places_SK = order.rows.reshape(weights_SK.shape)
+    terms = (rows_RD[places_SK[:, i]].astype(jnp.float32) * weights_SK[:, i, None] for i in range(weights_SK.shape[1]))
+    return functools.reduce(jnp.add, terms).astype(rows_RD.dtype)
 
 
 def _combine_backward(inputs: tuple[jax.Array, Order, jax.Array], dy_SD: jax.Array) -> tuple[jax.Array, None, jax.Array]:
@@ -83,18 +88,6 @@ def _combine_backward(inputs: tuple[jax.Array, Order, jax.Array], dy_SD: jax.Arr
 
 
 combine.defvjp(lambda *inputs: (combine(*inputs), inputs), _combine_backward)
-
-
-def _sum_of_choices(rows_RD: jax.Array, order: Order, weights: Sequence[jax.Array | float]) -> jax.Array:
-    """Each token's rows, weighted by k weights (`[S]` or a number), summed in float32: `[S,D]`.
-
-    One gather of S rows after another, which a CPU adds up in one pass; as a sum over an axis, `[S,k,D]` would be written to
-    memory first, in four to eight times as long. (On a TPU these gathers take more memory than one of all rows: 1.8 GiB a
-    device of 30B's step on v6e:8x8.)
-    """
-    places = jnp.unstack(order.rows.reshape(-1, len(weights)), axis=1)
-    terms = (rows_RD[at].astype(jnp.float32) * jnp.expand_dims(w, -1) for at, w in zip(places, weights, strict=True))
-    return functools.reduce(jnp.add, terms).astype(rows_RD.dtype)
 
 
 # Left to themselves the pullbacks of both gathers are scatters that add row by row.
@@ -113,7 +106,7 @@ def _to_rows_backward(residuals: tuple[Order, jax.Array], d_rows_RD: jax.Array) 
     (R, D), S = d_rows_RD.shape, like_SD.shape[0]
 
     def gathered(d_rows: jax.Array) -> jax.Array:
-        return _sum_of_choices(d_rows, order, [1.0] * (R // S))
+        return _combine_one_by_one(d_rows, order, jnp.ones((S, R // S), jnp.float32))
 
     def scattered(d_rows: jax.Array) -> jax.Array:
         return jnp.zeros((S, D), d_rows.dtype).at[order.choices // (R // S)].add(d_rows)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qvlmoe_jax.collectives import placed_einsum, placed_lookup
-from qvlmoe_jax.quantised import QuantisedWeight, expanded
+from qvlmoe_jax.quantised import QuantisedWeight
 
 Init = Callable[..., jax.Array]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -91,7 +91,7 @@ class Linear(nnx.Module):
 
     def _product(self, equation: str, x: jax.Array, weight: jax.Array | QuantisedWeight, name: str) -> jax.Array:
         if self.place is None:
-            return einsum(equation, x, expanded(weight))
+            return einsum(equation, x, weight[...])
         return placed_einsum(equation, x, weight, self.place.removesuffix("weight") + name, einsum)
 
     def _low_rank(self, x: jax.Array) -> jax.Array:

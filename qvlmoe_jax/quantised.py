@@ -48,7 +48,7 @@ class QuantisedWeight(nnx.Module):
         """The weight of these codes and scales, or the part of it that they are: any, if the dim `packed` is whole."""
         if self.kind == "int8":
             return (codes.astype(jnp.float32) * scales).astype(self.dtype)
-        last = codes.ndim - self.num_outputs - 1
+        last = self.packed
         shape = [*codes.shape[:last], -1, *codes.shape[last + 1 :]]
         numbers = jnp.stack([codes & 15, codes >> 4], axis=last + 1).reshape(shape)
         # a chain of selects, which every compiler fuses; a gather from 16 numbers is slow on TPU
@@ -60,8 +60,3 @@ class QuantisedWeight(nnx.Module):
         )
         values, blocks = (jax.lax.slice_in_dim(a, 0, self.size, axis=last) for a in (values, blocks.reshape(shape)))
         return (values * blocks).astype(self.dtype)
-
-
-def expanded(weight: jax.Array | QuantisedWeight) -> jax.Array:
-    """The array that a weight is, or stands for."""
-    return weight if isinstance(weight, jax.Array) else weight[...]

@@ -199,7 +199,7 @@ def test_the_least_by_hand(tmp_path: Path) -> None:
     assert ("experts' gradients scattered", ("fsdp",)) not in {(t.what, t.axes) for t in wire.least(frozen, model)}
 
 
-def test_a_lora_step_reduces_no_gradient_of_its_base(tmp_path: Path) -> None:
+def test_a_lora_step_is_counted_as_one(tmp_path: Path) -> None:
     lora = {"rank": 2, "targets": ["attention", "experts"]}
     config = step_config(tmp_path, {"fsdp": 4, "expert": 2}, lora=lora)
     _, sent, least = compiled(config)

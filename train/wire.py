@@ -59,7 +59,8 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
     trained, frozen = parameters(config, model)
     quantisation = config.lora and config.lora.base_quantization
     terms: list[tuple[tuple[str, tuple[str, ...]], float]] = []
-    for path, shape in ((path, leaf.shape) for path, leaf in (trained | frozen).items()):
+    for path, leaf in (trained | frozen).items():
+        shape = leaf.shape
         spec = partition_spec(path, shape, mesh)
         experts = "mlp/experts" in path
         gathered = tuple(a for i, entry in enumerate(spec) for a in fsdp_axes(entry) if not (experts and a == "expert"))

@@ -64,7 +64,8 @@ def hbm_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, counts: Counts, devi
     master = jnp.dtype(config.model.param_dtype).itemsize
     total = 0.0
     trained, frozen = parameters(config, model)
-    for path, shape in ((path, leaf.shape) for path, leaf in (trained | frozen).items()):
+    for path, leaf in (trained | frozen).items():
+        shape = leaf.shape
         spec = partition_spec(path, shape, mesh)
         held = axes_in(*spec)
         local = math.prod(shape) / math.prod(sizes[a] for a in held)
