@@ -18,7 +18,7 @@ from flax import nnx
 from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, pieces
 from qvlmoe_jax.experts import KERNELS
 from qvlmoe_jax.frames import block_coordinates
-from qvlmoe_jax.layers import LayerNorm, Linear, RMSNorm
+from qvlmoe_jax.layers import LayerNorm, Linear, RMSNorm, einsum
 from qvlmoe_jax.moe import combine, dispatch, route
 from qvlmoe_jax.rope import text_rotary, vision_rotary
 from tests import cases, ours, reference, tiny
@@ -266,6 +266,15 @@ def test_layer_norm():
     for scale, shift in ((1.0, 0.0), (1.0, 30.0), (1e-3, 0.0), (0.0, 1.0)):
         x = scale * normal(64, 48) + np.float32(shift)
         close(own(jnp.asarray(x)), theirs(torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize("kind", [partial(RMSNorm, eps=1e-6), LayerNorm], ids=["rms", "layer"])
+def test_a_norms_sums_stay_out_of_the_product_after_it(kind):
+    """In it they would be taken again for every piece of the product (`layers._mean`)."""
+    norm, x, w = kind(32, dtype=jnp.float32), jnp.ones((1, 4096, 32)), jnp.ones((32, 512))
+    program = jax.jit(lambda norm, x, w: einsum("BTD,DF->BTF", norm(x), w)).lower(norm, x, w).compile()
+    (product,) = (part for part in (program.as_text() or "").split("\n\n") if " dot(" in part)
+    assert product.startswith("ENTRY") or " reduce(" not in product
 
 
 def test_block_coordinates_are_merge_block_major(pair):
