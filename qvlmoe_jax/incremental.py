@@ -20,7 +20,7 @@ from qvlmoe_jax.cached_attention import cached_attention
 from qvlmoe_jax.layer_plan import Run, plan_layers
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.sharding import BATCH, active_mesh, constrain
-from qvlmoe_jax.text import Qwen3VLMoeTextDecoderLayer, Qwen3VLMoeTextModel
+from qvlmoe_jax.text import Qwen3VLMoeTextModel
 
 Visual = tuple[jax.Array, jax.Array] | None
 """What `Qwen3VLMoeModel.visual_features` returns."""
@@ -139,13 +139,13 @@ def _scan(
     def body(carry: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array) -> tuple[Any, None]:
         x, k, v = carry
         for slot in run.slots:
-            layer, number = _layer(text.slot_layers(slot), index), slot.first + index * slot.period
+            layer, number = jax.tree.map(lambda a: a[index], text.slot_layers(slot)), slot.first + index * slot.period
             with jax.named_scope("attention"):
                 q, new_k, new_v = layer.self_attn.heads(layer.input_layernorm(x), rotary)
                 k, v = (_write(a, new, number, cache.length) for a, new in ((k, new_k), (v, new_v)))
                 heads = _attend(q, k, v, number, held, cache.length, text.backend)
                 x = x + layer.self_attn.o_proj(heads)
-            x, _ = layer.feed_forward(x, segment_ids > 0, stacked_layer=index)
+            x, _ = layer.feed_forward(x, segment_ids > 0, text.expert_stack(slot, index))
             if slot.first < levels:
                 assert deepstack is not None
                 x = x + jnp.where(number < levels, deepstack[jnp.minimum(number, levels - 1)], 0)
@@ -170,15 +170,6 @@ def _attend(
     return blockwise_attention(
         q, k[layer], v[layer], q_segments=segments, kv_segments=held, causal=True, block=block, first=first
     )
-
-
-def _layer(stacked: Qwen3VLMoeTextDecoderLayer, index: jax.Array) -> Qwen3VLMoeTextDecoderLayer:
-    """Layer `index` of a stack, but for its experts: those stay stacked (see `Qwen3VLMoeTextSparseMoeBlock`)."""
-
-    def pick(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf if "experts" in jax.tree_util.keystr(path) else leaf[index]
-
-    return jax.tree_util.tree_map_with_path(pick, stacked)
 
 
 def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, column: jax.Array) -> jax.Array:

@@ -20,9 +20,8 @@ from qvlmoe_jax.collectives import axes_of, gather, gather_dim
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
 from qvlmoe_jax.dispatch import combine, count_choices, dispatch
 from qvlmoe_jax.exchange import Exchange
-from qvlmoe_jax.experts import KERNELS
+from qvlmoe_jax.experts import KERNELS, ExpertStack
 from qvlmoe_jax.experts_adapted import PRODUCTS, adapted_experts
-from qvlmoe_jax.experts_stacked import STACKED_KERNELS
 from qvlmoe_jax.layers import Linear, einsum
 from qvlmoe_jax.quantised import QuantisedWeight
 from qvlmoe_jax.sharding import HIDDEN, active_mesh, fit, partition_spec
@@ -88,6 +87,13 @@ class Qwen3VLMoeTextExperts(nnx.Module):
         self.down_proj = nnx.Param(init(rngs.params(), (E, F, D), dtype))
         self.lora_scale = 1.0
 
+    def stack(self, layer: jax.Array) -> ExpertStack | None:
+        """Layer `layer` of these, which are all layers' `[L,E,...]`; None of quantised ones, whose layer is expanded first."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if isinstance(gate_up, QuantisedWeight) or isinstance(down, QuantisedWeight):
+            return None
+        return ExpertStack(gate_up[...], down[...], layer)
+
     def adapters(self) -> dict[str, jax.Array]:
         """`gate_up_proj_lora_A [E,D,r]`, `gate_up_proj_lora_B [E,r,2,F]`, and `down_proj`'s; empty without adapters."""
         names = (f"{name}_lora_{factor}" for name in ("gate_up_proj", "down_proj") for factor in "AB")
@@ -97,8 +103,7 @@ class Qwen3VLMoeTextExperts(nnx.Module):
 class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
     """Router and experts of one layer: `(x [B,T,D], valid [B,T]) -> (y [B,T,D], RouterStats)`. `bias [E]`: see `route`.
 
-    With `stacked_layer` (int32 scalar) the experts' weights are still those of all layers, `[L,E,...]`, and this is the one
-    to use: a decoding step reads the few experts it chose, where slicing its layer out would copy them all.
+    `stack`: the experts' weights once more, among those of all layers, to be read there if the kernel can.
     """
 
     def __init__(self, config: Qwen3VLMoeTextConfig, *, backend: BackendConfig, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -116,36 +121,37 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         self,
         x_BTD: jax.Array,
         valid_BT: jax.Array,
-        stacked_layer: jax.Array | None = None,
+        stack: ExpertStack | None = None,
         bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         if isinstance(self.experts.gate_up_proj, QuantisedWeight) and self.backend.remat == "none":
             # the backward pass expands the weights again: kept, they would be of full size in every layer
-            return jax.checkpoint(lambda block, *inputs: block._placed(*inputs))(self, x_BTD, valid_BT, stacked_layer, bias_E)
-        return self._placed(x_BTD, valid_BT, stacked_layer, bias_E)
+            return jax.checkpoint(lambda block, *inputs: block._placed(*inputs))(self, x_BTD, valid_BT, stack, bias_E)
+        return self._placed(x_BTD, valid_BT, stack, bias_E)
 
     def _placed(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, stacked_layer: jax.Array | None, bias_E: jax.Array | None
+        self, x_BTD: jax.Array, valid_BT: jax.Array, stack: ExpertStack | None, bias_E: jax.Array | None
     ) -> tuple[jax.Array, RouterStats]:
         gate, gate_up, down = self.gate.weight[...], self.experts.gate_up_proj[...], self.experts.down_proj[...]
         adapters = self.experts.adapters()
         mesh = active_mesh()
         if mesh is None:
-            return self._device(x_BTD, valid_BT, gate, gate_up, down, adapters, stacked_layer, bias_E, layout=_Layout())
+            return self._device(x_BTD, valid_BT, gate, gate_up, down, adapters, stack, bias_E, layout=_Layout())
         tokens = fit(HIDDEN[:2], valid_BT.shape, mesh)
         valid_BT = after(valid_BT, x_BTD, HIDDEN[:2], HIDDEN)
         # The weights are taken as the table left them, so entering the region moves nothing.
         gate_spec = partition_spec("layers/mlp/gate/weight", gate.shape, mesh)
         gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
         down_spec = partition_spec("layers/mlp/experts/down_proj", down.shape, mesh)
+        stack_specs = stack and ExpertStack._make((P(None, *gate_up_spec), P(None, *down_spec), P()))
         adapter_specs = {name: partition_spec(f"layers/mlp/experts/{name}", a.shape, mesh) for name, a in adapters.items()}
         layout = _Layout.of(tokens, gate_spec, gate_up_spec, down_spec, adapter_specs)
         y, stats = jax.shard_map(
             functools.partial(self._device, layout=layout),
-            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, adapter_specs, P(), P()),
+            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, adapter_specs, stack_specs, P()),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
-        )(x_BTD, valid_BT, gate, gate_up, down, adapters, stacked_layer, bias_E)
+        )(x_BTD, valid_BT, gate, gate_up, down, adapters, stack, bias_E)
         stats, y = in_turn(stats, y, (), HIDDEN)
         return y, stats
 
@@ -177,7 +183,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         gate_up: jax.Array,
         down: jax.Array,
         adapters: dict[str, jax.Array],
-        stacked_layer: jax.Array | None,
+        stack: ExpertStack | None,
         bias_E: jax.Array | None,
         *,
         layout: _Layout,
@@ -189,9 +195,8 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             if layout.token_axes:
                 stats = jax.lax.psum(stats, layout.token_axes)
         with jax.named_scope("weights"):
-            if stacked_layer is not None and (layout.gate_up_fsdp or layout.down_fsdp or adapters):
-                gate_up, down = gate_up[stacked_layer], down[stacked_layer]  # gathering copies it anyway
-                adapters, stacked_layer = {name: a[stacked_layer] for name, a in adapters.items()}, None
+            if layout.gate_up_fsdp or layout.down_fsdp:
+                stack = None  # gathering copies the layer anyway
             if layout.gate_up_fsdp:
                 # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler pads the gradient and shifts its rows.
                 E, D, _, F = gate_up.shape
@@ -204,9 +209,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             if adapters:
                 product = PRODUCTS[self.backend.experts]
                 return adapted_experts(product, rows, gate_up, down, adapters, self.experts.lora_scale, sizes)
-            if stacked_layer is None:
-                return KERNELS[self.backend.experts](rows, gate_up, down, sizes)
-            return STACKED_KERNELS[self.backend.experts](rows, gate_up, down, sizes, stacked_layer)
+            return KERNELS[self.backend.experts](rows, gate_up, down, sizes, stack)
 
         if layout.gather_tokens and self.backend.dispatch == "all_to_all":
             y = self._exchanged(x, weights, experts, kernel)

@@ -16,12 +16,13 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.config import LayerKind, Qwen3VLMoeTextConfig
+from qvlmoe_jax.experts import ExpertStack
 from qvlmoe_jax.layer_plan import Run, Slot, plan_layers, slots
 from qvlmoe_jax.layers import Embed, Linear, RMSNorm, stack, swiglu, truncated_normal
 from qvlmoe_jax.moe import Qwen3VLMoeTextSparseMoeBlock, RouterStats
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, text_rotary
-from qvlmoe_jax.sharding import BATCH, HIDDEN, constrain
+from qvlmoe_jax.sharding import BATCH, HIDDEN, active_mesh, constrain
 from qvlmoe_jax.turns import weights_in_turn
 
 
@@ -95,22 +96,23 @@ class Qwen3VLMoeTextDecoderLayer(nnx.Module):
         x: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array,
+        stack: ExpertStack | None = None,
         router_bias: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotary, segment_ids)
-        return self.feed_forward(x, segment_ids > 0, router_bias=router_bias)
+        return self.feed_forward(x, segment_ids > 0, stack, router_bias)
 
     def feed_forward(
         self,
         x: jax.Array,
         valid: jax.Array,
-        stacked_layer: jax.Array | None = None,
+        stack: ExpertStack | None = None,
         router_bias: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
-        """The layer's second half. `stacked_layer` and `router_bias [E]`: see `Qwen3VLMoeTextSparseMoeBlock`."""
+        """The layer's second half. `stack` and `router_bias [E]`: see `Qwen3VLMoeTextSparseMoeBlock`."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, Qwen3VLMoeTextSparseMoeBlock):
-            y, stats = self.mlp(normed, valid, stacked_layer, router_bias)
+            y, stats = self.mlp(normed, valid, stack, router_bias)
         else:
             y, stats = self.mlp(normed), None
         return constrain(x + y, *HIDDEN), stats
@@ -227,6 +229,11 @@ class Qwen3VLMoeTextModel(nnx.Module):
         """The stacked layers of a slot."""
         return getattr(self.layers, slot.name) if slot.name else self.layers  # pyright: ignore[reportReturnType]
 
+    def expert_stack(self, slot: Slot, index: jax.Array) -> ExpertStack | None:
+        """The experts of layer `index` of a slot, where they lie (`Qwen3VLMoeTextExperts.stack`); None of dense layers."""
+        mlp = self.slot_layers(slot).mlp
+        return mlp.experts.stack(index) if isinstance(mlp, Qwen3VLMoeTextSparseMoeBlock) else None
+
     def _scan(
         self,
         run: Run,
@@ -242,6 +249,8 @@ class Qwen3VLMoeTextModel(nnx.Module):
         `router_bias`: `[repeats,MoE layers of a period,E]`.
         """
         levels = deepstack.shape[0]
+        # The CPU's kernel reads a stack and gives the gradients to the layer, which is scanned over: so the stack is a constant.
+        use_stacks = self.backend.experts == "tiles" and active_mesh() is None
 
         def body(
             x: jax.Array, step: tuple[jax.Array, list[Qwen3VLMoeTextDecoderLayer], jax.Array | None]
@@ -251,7 +260,8 @@ class Qwen3VLMoeTextModel(nnx.Module):
             hidden, stats = [], []
             for slot, layer in zip(run.slots, layers, strict=True):
                 x, layer = weights_in_turn(x, layer, "layers", HIDDEN)
-                x, layer_stats = layer(x, rotary, segment_ids, next(rows, None) if slot.kind == "moe" else None)
+                stack = jax.lax.stop_gradient(self.expert_stack(slot, index)) if use_stacks else None
+                x, layer_stats = layer(x, rotary, segment_ids, stack, next(rows, None) if slot.kind == "moe" else None)
                 hidden.append(x)
                 stats.append(layer_stats)
                 if slot.first < levels:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from qvlmoe_jax import BackendConfig
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.cached_attention import cached_attention
-from qvlmoe_jax.experts import ragged_experts
-from qvlmoe_jax.experts_stacked import gathered_rows, stacked_ragged, stacked_tiles
+from qvlmoe_jax.experts import KERNELS, ExpertStack, ragged_experts, tiled_experts
 from qvlmoe_jax.moe import count_choices
 from tests.tolerances import MODULE
 
@@ -45,15 +44,37 @@ def test_attention_over_a_cache(block: int, first: int, new: int) -> None:
 E, D, F = 5, 12, 7
 
 
-@pytest.mark.parametrize("kernel", [gathered_rows, stacked_tiles, stacked_ragged])
+def rows_and_stacks() -> list[jax.Array]:
+    """Nine rows, and gate_up and down of all layers."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((9, D), (L, E, D, 2, F), (L, E, F, D))]
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @settings(max_examples=12)
 @given(choices=st.lists(st.integers(0, E), min_size=9, max_size=9), layer=st.integers(0, L - 1))
 def test_experts_of_a_stack(kernel, choices: list[int], layer: int) -> None:
     """Any routing, empty experts and rows of nobody (E) too; 9 rows are more than experts, 4 are fewer."""
-    rng = np.random.default_rng(0)
-    rows, gate_up, down = (rng.normal(size=s).astype(np.float32) for s in ((9, D), (L, E, D, 2, F), (L, E, F, D)))
+    rows, gate_up, down = rows_and_stacks()
     sizes = count_choices(jnp.asarray(sorted(choices))[:, None], E)
     for count, groups in ((9, sizes), (4, jnp.zeros(E, jnp.int32).at[choices[0] % E].set(3))):
         expected = jax.jit(ragged_experts)(rows[:count], gate_up[layer], down[layer], groups)
-        got = jax.jit(kernel)(rows[:count], gate_up, down, groups, jnp.int32(layer))
+        stack = ExpertStack(gate_up, down, jnp.int32(layer))
+        got = jax.jit(kernel)(rows[:count], gate_up[layer], down[layer], groups, stack)
         np.testing.assert_allclose(got, expected, atol=MODULE, rtol=MODULE)
+
+
+def test_what_a_stack_saves_is_not_paid_in_gradients() -> None:
+    """Read in the stack, the layer's own weights get the gradients; the stack, which stands for the same, none."""
+    rows, gate_up, down = rows_and_stacks()
+    groups = jnp.asarray([3, 0, 2, 1, 2], jnp.int32)
+
+    def total(rows: jax.Array, gate_up: jax.Array, down: jax.Array, stack: ExpertStack | None) -> jax.Array:
+        return jnp.sum(jnp.sin(tiled_experts(rows, gate_up, down, groups, stack)))
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    expected = gradients(rows, gate_up[1], down[1], None)
+    got = gradients(rows, gate_up[1], down[1], ExpertStack(gate_up, down, jnp.int32(1)))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    of_stack = jax.grad(lambda stack: total(rows, gate_up[1], down[1], ExpertStack(stack, down, jnp.int32(1))))(gate_up)
+    assert not np.any(of_stack)
