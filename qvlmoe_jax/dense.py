@@ -93,7 +93,7 @@ def _backward(causal: bool, residuals: tuple[Any, ...], d_out: jax.Array) -> tup
         weights = weights / jnp.sum(weights, axis=1, keepdims=True)
         d_weights = float32_einsum("KSH,KRH->KSR", v, d_out)
         # The softmax's pullback needs sum_s p_s dp_s of each query, which is out . d_out.
-        dots = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)[:, None]
+        dots = float32_einsum("KRH,KRH->KR", out, d_out)[:, None]
         d_scores = (weights * (d_weights - dots) * H**-0.5).astype(q.dtype)
         d_q = jnp.swapaxes(float32_einsum("KSH,KSR->KHR", k, d_scores), 1, 2)
         d_k = float32_einsum("KSR,KRH->KSH", d_scores, q)

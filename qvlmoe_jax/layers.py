@@ -129,6 +129,13 @@ def _mean(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(mean), jnp.nan, mean)
 
 
+def _on_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`f(x)`, which treats all of the last dim alike, without x's other dims of 1: before a dim of 4096 XLA:CPU takes the sums of
+    the backward pass twenty times as long for them."""
+    ones = [i for i, size in enumerate(x.shape[:-1]) if size == 1]
+    return jnp.expand_dims(f(jnp.squeeze(x, ones)), ones)
+
+
 class RMSNorm(nnx.Module):
     """float32 statistics, cast to the input's dtype, THEN the weight (MOE 74-80: the order matters in bf16)."""
 
@@ -137,6 +144,9 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return _on_rows(self._of_rows, x)
+
+    def _of_rows(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(_mean(jnp.square(x32)) + self.eps)
         return self.weight[...] * normed.astype(x.dtype)
@@ -150,6 +160,9 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return _on_rows(self._of_rows, x)
+
+    def _of_rows(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         centred = x32 - _mean(x32)
         normed = centred * jax.lax.rsqrt(_mean(jnp.square(centred)) + LAYER_NORM_EPS)
