@@ -384,7 +384,7 @@ def norm_after_rotation(self: Any, x: jax.Array, rotary: Any, segment_ids: jax.A
 
 
 def swapped(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    return lambda rows, gate_up, down, sizes: kernel(rows, gate_up[:, :, ::-1], down, sizes)
+    return lambda rows, gate_up, down, sizes, _: kernel(rows, gate_up[:, :, ::-1], down, sizes)
 
 
 def replaced(batch: Batch, **fields: Any) -> Batch:
