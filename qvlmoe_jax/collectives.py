@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qvlmoe_jax.quantised import QuantisedWeight
+from qvlmoe_jax.quantised import Held, QuantisedWeight
 from qvlmoe_jax.sharding import BATCH, FSDP, PICTURES, active_mesh, axes_in, axes_of, fit, partition_spec
 
 LANES, TILE_BYTES = 128, 32
@@ -31,14 +31,17 @@ def gather_dim(w: jax.Array, dim: int, axis: str) -> jax.Array:
 
     Shards that do not fill the TPU's tiles along that dim are gathered side by side, in a dim of their own: scattered as rows of
     one array, the TPU compiler all-reduces most such gradients whole (24 rows of each expert, 18 of a matrix; libtpu 0.0.50). It
-    may lay any dim of a matrix along lanes, and of a larger array whose last dim does not fill them. The gather itself compiles
-    to the same instruction.
+    may lay any dim of a matrix along lanes, and of a larger array whose last dim does not fill them. Shards of fewer rows than a
+    tile has it may lay with the rows of one device in front of the devices, and all-reduces them too: they are cut into as
+    many rows as a tile has.
+    The gather itself compiles to the same instruction.
     """
+    rows = TILE_BYTES // w.dtype.itemsize
     as_rows = w.ndim > 2 and dim < w.ndim - 1 and w.shape[-1] % LANES == 0
-    tile = TILE_BYTES // w.dtype.itemsize if as_rows else LANES
-    if w.shape[dim] % tile == 0:
+    if w.shape[dim] % (rows if as_rows else LANES) == 0:
         return jax.lax.all_gather(w, axis, axis=dim, tiled=True)
-    return jax.lax.all_gather(w, axis, axis=dim).reshape(*w.shape[:dim], -1, *w.shape[dim + 1 :])
+    shard = w.reshape(rows, -1) if dim == 0 and w.shape[0] < rows and w.size % rows == 0 else w
+    return jax.lax.all_gather(shard, axis, axis=dim).reshape(*w.shape[:dim], -1, *w.shape[dim + 1 :])
 
 
 def gather(w: jax.Array, spec: P) -> jax.Array:
@@ -91,21 +94,17 @@ def placed_einsum(equation: str, x: jax.Array, w: jax.Array | QuantisedWeight, p
     x_spec = fit([split.get(letter) for letter in x_letters], x.shape, mesh)
     if not _rows_cover(x_spec[0], w_spec, mesh):
         return product(equation, x, w[...])
-    # A quantised dim that is split over `tensor` is expanded before: a device may hold parts of its blocks.
-    if isinstance(w, QuantisedWeight) and "tensor" not in axes_of(w_spec[w.packed]):
-        held, expand = (w.codes[...], w.scales[...]), w.expand
-    else:
-        held, expand = (w[...],), lambda w: w
-    specs = tuple(partition_spec(place, part.shape, mesh) for part in held)  # of codes and scales it is the weight's own row
+    held = Held.of(w, place, mesh)
+    specs = held.specs(place, mesh)
     of = {**dict(zip(x_letters, x_spec, strict=True)), **tensor}
     contracted = any(letter not in output for letter in tensor)
 
-    def local(x: jax.Array, *held: jax.Array) -> jax.Array:
-        w = expand(*(gather(_met_by(part, spec, x_spec), spec) for part, spec in zip(held, specs, strict=True)))
-        y = product(equation, x, w)
+    def local(x: jax.Array, held: Held) -> jax.Array:
+        parts = (gather(_met_by(part, spec, x_spec), spec) for part, spec in zip(held.parts, specs.parts, strict=True))
+        y = product(equation, x, held.expand(*parts))
         return jax.lax.psum(y, "tensor") if contracted else y
 
-    return jax.shard_map(local, in_specs=(x_spec, *specs), out_specs=P(*(of.get(letter) for letter in output)))(x, *held)
+    return jax.shard_map(local, in_specs=(x_spec, specs), out_specs=P(*(of.get(letter) for letter in output)))(x, held)
 
 
 def placed_lookup(table_VD: jax.Array, ids_BT: jax.Array, place: str) -> jax.Array:

@@ -16,16 +16,19 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from qvlmoe_jax.backend import BackendConfig
-from qvlmoe_jax.collectives import axes_of, gather, gather_dim
+from qvlmoe_jax.collectives import gather, gather_dim
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
 from qvlmoe_jax.dispatch import combine, count_choices, dispatch
 from qvlmoe_jax.exchange import Exchange
 from qvlmoe_jax.experts import KERNELS, ExpertStack
 from qvlmoe_jax.experts_adapted import PRODUCTS, adapted_experts
 from qvlmoe_jax.layers import Linear, einsum
-from qvlmoe_jax.quantised import QuantisedWeight
-from qvlmoe_jax.sharding import HIDDEN, active_mesh, fit, partition_spec
+from qvlmoe_jax.quantised import Held, QuantisedWeight
+from qvlmoe_jax.sharding import HIDDEN, active_mesh, axes_in, axes_of, fit, partition_spec
 from qvlmoe_jax.turns import after, in_turn
+
+EXPERTS = "layers/mlp/experts/"
+"""Where the sharding table has them."""
 
 
 @jax.tree_util.register_dataclass
@@ -132,23 +135,22 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
     def _placed(
         self, x_BTD: jax.Array, valid_BT: jax.Array, stack: ExpertStack | None, bias_E: jax.Array | None
     ) -> tuple[jax.Array, RouterStats]:
-        gate, gate_up, down = self.gate.weight[...], self.experts.gate_up_proj[...], self.experts.down_proj[...]
-        adapters = self.experts.adapters()
-        mesh = active_mesh()
+        gate, adapters, mesh = self.gate.weight[...], self.experts.adapters(), active_mesh()
+        gate_up = Held.of(self.experts.gate_up_proj, EXPERTS + "gate_up_proj", mesh)
+        down = Held.of(self.experts.down_proj, EXPERTS + "down_proj", mesh)
         if mesh is None:
             return self._device(x_BTD, valid_BT, gate, gate_up, down, adapters, stack, bias_E, layout=_Layout())
         tokens = fit(HIDDEN[:2], valid_BT.shape, mesh)
         valid_BT = after(valid_BT, x_BTD, HIDDEN[:2], HIDDEN)
         # The weights are taken as the table left them, so entering the region moves nothing.
         gate_spec = partition_spec("layers/mlp/gate/weight", gate.shape, mesh)
-        gate_up_spec = partition_spec("layers/mlp/experts/gate_up_proj", gate_up.shape, mesh)
-        down_spec = partition_spec("layers/mlp/experts/down_proj", down.shape, mesh)
-        stack_specs = stack and ExpertStack._make((P(None, *gate_up_spec), P(None, *down_spec), P()))
-        adapter_specs = {name: partition_spec(f"layers/mlp/experts/{name}", a.shape, mesh) for name, a in adapters.items()}
-        layout = _Layout.of(tokens, gate_spec, gate_up_spec, down_spec, adapter_specs)
+        gate_up_specs, down_specs = gate_up.specs(EXPERTS + "gate_up_proj", mesh), down.specs(EXPERTS + "down_proj", mesh)
+        adapter_specs = {name: partition_spec(EXPERTS + name, a.shape, mesh) for name, a in adapters.items()}
+        stack_specs = stack and ExpertStack._make((P(None, *gate_up_specs.parts[0]), P(None, *down_specs.parts[0]), P()))
+        layout = _Layout(tokens, gate_spec, gate_up_specs.parts, down_specs.parts, adapter_specs)
         y, stats = jax.shard_map(
             functools.partial(self._device, layout=layout),
-            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_spec, down_spec, adapter_specs, stack_specs, P()),
+            in_specs=(P(*tokens, None), tokens, gate_spec, gate_up_specs, down_specs, adapter_specs, stack_specs, P()),
             out_specs=(P(*tokens, None), P()),
             check_vma=False,
         )(x_BTD, valid_BT, gate, gate_up, down, adapters, stack, bias_E)
@@ -180,8 +182,8 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         x_BTD: jax.Array,
         valid_BT: jax.Array,
         gate: jax.Array,
-        gate_up: jax.Array,
-        down: jax.Array,
+        held_gate_up: Held,
+        held_down: Held,
         adapters: dict[str, jax.Array],
         stack: ExpertStack | None,
         bias_E: jax.Array | None,
@@ -195,14 +197,10 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             if layout.token_axes:
                 stats = jax.lax.psum(stats, layout.token_axes)
         with jax.named_scope("weights"):
-            if layout.gate_up_fsdp or layout.down_fsdp:
+            if layout.gathers_experts:
                 stack = None  # gathering copies the layer anyway
-            if layout.gate_up_fsdp:
-                # As [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler pads the gradient and shifts its rows.
-                E, D, _, F = gate_up.shape
-                gate_up = gather_dim(gate_up.reshape(E, D, 2 * F), 1, "fsdp").reshape(E, -1, 2, F)
-            if layout.down_fsdp:
-                down = gather_dim(down, 1, "fsdp")
+            gate_up = held_gate_up.expand(*map(_gather_fsdp, held_gate_up.parts, layout.gate_up))
+            down = held_down.expand(*map(_gather_fsdp, held_down.parts, layout.down))
             adapters = {name: _gather_fsdp(a, layout.adapters.get(name, P())) for name, a in adapters.items()}
 
         def kernel(rows: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -257,35 +255,39 @@ def _gather_fsdp(array: jax.Array, spec: P) -> jax.Array:
     """`array` with its fsdp axis gathered (an expert's axis stays split); inside `shard_map`."""
     for dim, entry in enumerate(spec, array.ndim - len(spec)):
         if "fsdp" in axes_of(entry):
-            array = gather_dim(array, dim, "fsdp")
+            # gate_up as [E,D,2F], the shape of the product: in [E,D,2,F] the TPU compiler pads the gradient and shifts its rows
+            flat = array.reshape(*array.shape[: dim + 1], -1) if array.ndim > dim + 2 else array
+            array = gather_dim(flat, dim, "fsdp").reshape(*array.shape[:dim], -1, *array.shape[dim + 1 :])
     return array
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which mesh axes split what inside the block, read off the fitted specs."""
+    """Which mesh axes split what inside the block: the fitted specs of tokens and weights. Without a mesh, nothing does."""
 
-    token_axes: tuple[str, ...] = ()
-    experts: bool = False
-    tensor: bool = False
-    gate_up_fsdp: bool = False
-    down_fsdp: bool = False
+    tokens: P = P(None, None)  # noqa: RUF009 (immutable)
     gate: P = P(None, None)  # noqa: RUF009 (immutable)
+    gate_up: tuple[P, ...] = (P(None, None, None, None),)
+    down: tuple[P, ...] = (P(None, None, None),)
     adapters: Mapping[str, P] = field(default_factory=dict)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        return tuple(axes_in(*self.tokens))
+
+    @property
+    def experts(self) -> bool:
+        return any("expert" in axes_of(spec[-4]) for spec in self.gate_up)
+
+    @property
+    def tensor(self) -> bool:
+        return any("tensor" in axes_of(spec[-1]) for spec in self.gate_up)
+
+    @property
+    def gathers_experts(self) -> bool:
+        return any("fsdp" in axes_in(*spec) for spec in (*self.gate_up, *self.down))
 
     @property
     def gather_tokens(self) -> bool:
         """Tokens and experts are both spread over `expert`: every expert needs to see every token of the axis."""
         return self.experts and "expert" in self.token_axes
-
-    @classmethod
-    def of(cls, tokens: P, gate: P, gate_up: P, down: P, adapters: Mapping[str, P]) -> _Layout:
-        return cls(
-            token_axes=axes_of(tokens[0]) + axes_of(tokens[1]),
-            experts="expert" in axes_of(gate_up[-4]),
-            tensor="tensor" in axes_of(gate_up[-1]),
-            gate_up_fsdp="fsdp" in axes_of(gate_up[-3]),
-            down_fsdp="fsdp" in axes_of(down[-2]),
-            gate=gate,
-            adapters=adapters,
-        )

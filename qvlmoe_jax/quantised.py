@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,6 +14,7 @@ from jax.typing import DTypeLike
 
 from qvlmoe_jax.lora import Quantization
 from qvlmoe_jax.quantise import BLOCK, NF4, quantised_shapes
+from qvlmoe_jax.sharding import axes_of, partition_spec
 
 
 class QuantisedWeight(nnx.Module):
@@ -60,3 +64,34 @@ class QuantisedWeight(nnx.Module):
         )
         values, blocks = (jax.lax.slice_in_dim(a, 0, self.size, axis=last) for a in (values, blocks.reshape(shape)))
         return (values * blocks).astype(self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Held:
+    """A weight in the parts that devices hold and send: the array itself, or a quantised one's codes and scales.
+
+    Attributes:
+      parts: the arrays, or anything that there is one of for each.
+      expand: makes the weight of them.
+    """
+
+    parts: tuple[Any, ...]
+    expand: Callable[..., jax.Array] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, weight: jax.Array | nnx.Param | QuantisedWeight, place: str, mesh: Any | None) -> Held:
+        """A weight of the sharding table's path `place`. A quantised one is expanded here where there is no mesh, and where its
+        blocks lie along a dim that is split over `tensor`: a device may hold parts of them."""
+        if isinstance(weight, QuantisedWeight) and mesh is not None:
+            if "tensor" not in axes_of(partition_spec(place, weight.shape, mesh)[weight.packed]):
+                return cls((weight.codes[...], weight.scales[...]), weight.expand)
+        return cls((weight[...],), _as_it_is)
+
+    def specs(self, place: str, mesh: Any) -> Held:
+        """Each part's PartitionSpec."""
+        return dataclasses.replace(self, parts=tuple(partition_spec(place, part.shape, mesh) for part in self.parts))
+
+
+def _as_it_is(weight: jax.Array) -> jax.Array:
+    return weight

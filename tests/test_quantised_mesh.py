@@ -11,9 +11,12 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.collectives import placed_einsum
+from qvlmoe_jax.config import Qwen3VLMoeTextConfig
 from qvlmoe_jax.layers import einsum
 from qvlmoe_jax.lora import Quantization, linear_dims
+from qvlmoe_jax.moe import EXPERTS, Qwen3VLMoeTextSparseMoeBlock
 from qvlmoe_jax.quantise import codes_of, quantised_bytes, scales_of
 from qvlmoe_jax.quantised import QuantisedWeight
 from qvlmoe_jax.sharding import BATCH, fit, make_mesh, partition_spec
@@ -77,3 +80,33 @@ def test_codes_and_scales_are_what_is_gathered(kind: Quantization) -> None:
     scales = 4 * 4 * 6 if kind == "int8" else 0  # one for each output, which every device has
     assert {one.kind for one in moved} == {"all-gather"}
     assert sum(one.wire_bytes for one in moved) == (quantised_bytes(kind, shape, dims) - scales) * 7 / 8
+
+
+@pytest.mark.parametrize("dispatch", ["allgather", "all_to_all"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_experts_are_gathered_as_codes_and_scales(kind: Quantization, dispatch: Any) -> None:
+    """Over fsdp; the same numbers as on one device, and no other all-gather of their size."""
+    E, D, F = 4, 512, 256
+    config = Qwen3VLMoeTextConfig(64, D, F, 1, 4, 2, 32, num_experts=E, num_experts_per_tok=2, moe_intermediate_size=F)
+    backend = BackendConfig(dispatch=dispatch, experts="tiles")
+    block = Qwen3VLMoeTextSparseMoeBlock(config, backend=backend, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    shapes = {"gate_up_proj": (E, D, 2, F), "down_proj": (E, F, D)}
+    for name, shape in shapes.items():
+        setattr(block.experts, name, quantised(kind, shape, EXPERTS + name))
+    x, valid = normal(1, 8, 8, D), jnp.ones((8, 8), bool)
+    expected = jax.jit(lambda block, x: block(x, valid)[0])(block, x)
+    mesh = make_mesh(fsdp=4, expert=2)
+    with jax.set_mesh(mesh):
+        for name in shapes:
+            weight = getattr(block.experts, name)
+            for part in (weight.codes, weight.scales):
+                part[...] = jax.device_put(part[...], NamedSharding(mesh, partition_spec(EXPERTS + name, part[...].shape, mesh)))
+        program = jax.jit(lambda block, x: block(x, valid)[0]).lower(block, x).compile()
+        found = program(block, x)
+    tolerance = tolerances.MODULE * float(jnp.max(jnp.abs(expected)))
+    np.testing.assert_allclose(found, expected, rtol=tolerances.MODULE, atol=tolerance)
+    moved = hlo.collectives(program.as_text() or "", {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1})
+    weights = [getattr(block.experts, name) for name in shapes]
+    held = sum(part[...].nbytes for weight in weights for part in (weight.codes, weight.scales))
+    sent = sum(one.wire_bytes for one in moved if one.axes == ("fsdp",))
+    assert sent == pytest.approx(held / 2 * 3 / 4, rel=0.05)  # an axis of four, half of the experts
