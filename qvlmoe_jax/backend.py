@@ -33,8 +33,8 @@ class BackendConfig:
     Attributes:
       attention: `dense` holds all T x S scores of some rows; `chunked` holds one block of queries' and keys' scores at a time, so
         memory grows linearly with length, and skips blocks that share no segment; `splash` is the TPU's kernel, which skips
-        blocks above the diagonal; `flash` is the GPU's (not yet run on one; float32 and context parallelism fall back to
-        chunked); `auto` takes splash on TPU, elsewhere chunked above 256 positions, dense below.
+        them too; `flash` is the GPU's (not yet run on one; float32 and context parallelism fall back to chunked); `auto` takes
+        splash on TPU, elsewhere chunked above 256 positions, dense below.
       attention_chunk: most queries, and keys, per block of the chunked kernel (see `blocks.columns`).
       experts: `tiles` loops over tiles of rows sorted by expert (`ragged_dot` is a dense product over all experts on CPU:
         5.7 s against 0.1 s at 512 tokens); `ragged_dot` is `jax.lax.ragged_dot`; `auto` takes tiles on CPU.

@@ -1,5 +1,5 @@
-"""Attention by the TPU's splash kernel (`jax.experimental.pallas.ops.tpu.splash_attention`): no T x S buffer, blocks above the
-diagonal skipped.
+"""Attention by the TPU's splash kernel (`jax.experimental.pallas.ops.tpu.splash_attention`): no T x S buffer; blocks above the
+diagonal, and of other documents or frames, are skipped.
 
 B batch, T query length, S key length, N query heads, K kv heads, H head dim.
 """
@@ -54,6 +54,41 @@ def _kernel(N: int, T: int, S: int, *, causal: bool, shards: int, interpret: boo
     )
 
 
+def skipping(splash: Any, q_segments: jax.Array, kv_segments: jax.Array) -> Any:
+    """The kernel without the blocks whose queries and keys share no segment, for one row: `[T]`, `[S]`.
+
+    The kernel's own description of blocks, read at run time, says which of them run and which is loaded next. Blocks are told
+    apart by their least and greatest segment: exact where segments are in order, as packing lays them.
+    """
+    _, rows, columns = splash.fwd_mask_info.block_mask.shape
+    (q_low, q_high), (kv_low, kv_high) = _spans(q_segments, rows), _spans(kv_segments, columns)
+    runs = (q_low[:, None] <= kv_high) & (kv_low <= q_high[:, None]) & (splash.fwd_mask_info.block_mask[0] > 0)
+    # the kernel divides by each query's sum: none may be without a block
+    runs = runs.at[:, 0].set(runs[:, 0] | ~jnp.any(runs, axis=1))
+
+    def only(info: Any, loaded: jax.Array) -> Any:
+        return info._replace(
+            block_mask=runs[None].astype(info.block_mask.dtype), data_next=loaded[None].astype(info.data_next.dtype)
+        )
+
+    keys, queries = _next_column(runs), _next_column(runs.T).T
+    infos = (only(splash.fwd_mask_info, keys), only(splash.dq_mask_info, keys), only(splash.dkv_mask_info, queries))
+    return type(splash)(*infos, **splash.kwargs)
+
+
+def _spans(segments: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
+    """The least and greatest segment of each of so many blocks; padding comes after all others."""
+    ordered = jnp.where(segments == 0, jnp.iinfo(jnp.int32).max, segments).reshape(blocks, -1)
+    return ordered.min(axis=1), ordered.max(axis=1)
+
+
+def _next_column(runs: jax.Array) -> jax.Array:
+    """For each block of a grid, in the order of its rows, the column of the next that runs, itself included; 0 after the last."""
+    steps = jnp.arange(runs.size).reshape(runs.shape)
+    following = jax.lax.cummin(jnp.where(runs, steps, runs.size).reshape(-1), reverse=True)
+    return jnp.where(following < runs.size, following % runs.shape[1], 0).reshape(runs.shape)
+
+
 def splash_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -84,8 +119,11 @@ def splash_attention(
 
     def local(splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, kv_seg: jax.Array) -> jax.Array:
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-        out = jax.vmap(lambda q, k, v, a, b: splash(q, k, v, segment_ids=kernel.SegmentIds(a, b)))(q, k, v, q_seg, kv_seg)
-        return jnp.swapaxes(out, 1, 2)
+
+        def one_row(q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, kv_seg: jax.Array) -> jax.Array:
+            return skipping(splash, q_seg, kv_seg)(q, k, v, segment_ids=kernel.SegmentIds(q_seg, kv_seg))
+
+        return jnp.swapaxes(jax.vmap(one_row)(q, k, v, q_seg, kv_seg), 1, 2)
 
     spread, mesh = Spread.of(q.shape, k.shape, causal=causal), active_mesh()
     heads = N if spread is None else spread.heads
