@@ -26,6 +26,7 @@ from qvlmoe_jax.lora import (
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.quantised import QuantisedWeight
+from qvlmoe_jax.remat import is_recomputed
 from qvlmoe_jax.sharding import tree_shardings
 
 
@@ -49,7 +50,8 @@ def adapt(
             owner, name = _owner(adapted, path)
             dims = linear_dims(path)
             assert dims is not None
-            setattr(owner, name, QuantisedWeight(lora.base_quantization, shape, dims, dtype))
+            recomputed = is_recomputed(path, model.backend)
+            setattr(owner, name, QuantisedWeight(lora.base_quantization, shape, dims, dtype, recomputed=recomputed))
     for path in target_paths(model.config, lora.targets):
         owner, _ = _owner(adapted, path)
         owner.lora_scale = lora.scale

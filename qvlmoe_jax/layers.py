@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qvlmoe_jax.collectives import placed_einsum, placed_lookup
-from qvlmoe_jax.quantised import QuantisedWeight
+from qvlmoe_jax.quantised import QuantisedWeight, forgetful
 
 Init = Callable[..., jax.Array]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -81,11 +81,8 @@ class Linear(nnx.Module):
         self.lora_scale = 1.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if isinstance(self.weight, QuantisedWeight):
-            # The backward pass expands the weight again: kept, it would be one of full size per layer.
-            y = jax.checkpoint(lambda x, weight: self._product(self.equation, x, weight, "weight"))(x, self.weight)
-        else:
-            y = self._product(self.equation, x, self.weight[...], "weight")
+        product = forgetful(lambda x, weight: self._product(self.equation, x, weight, "weight"), self.weight)
+        y = product(x, self.weight)
         y = y if self.bias is None else y + self.bias[...]
         return y if self.lora_A is None else y + self._low_rank(x)
 

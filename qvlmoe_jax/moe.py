@@ -23,7 +23,7 @@ from qvlmoe_jax.exchange import Exchange
 from qvlmoe_jax.experts import KERNELS, ExpertStack
 from qvlmoe_jax.experts_adapted import PRODUCTS, adapted_experts
 from qvlmoe_jax.layers import Linear, einsum
-from qvlmoe_jax.quantised import Held, QuantisedWeight
+from qvlmoe_jax.quantised import Held, QuantisedWeight, forgetful
 from qvlmoe_jax.sharding import HIDDEN, active_mesh, axes_in, axes_of, fit, partition_spec
 from qvlmoe_jax.turns import after, in_turn
 
@@ -127,10 +127,8 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         stack: ExpertStack | None = None,
         bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
-        if isinstance(self.experts.gate_up_proj, QuantisedWeight) and self.backend.remat == "none":
-            # the backward pass expands the weights again: kept, they would be of full size in every layer
-            return jax.checkpoint(lambda block, *inputs: block._placed(*inputs))(self, x_BTD, valid_BT, stack, bias_E)
-        return self._placed(x_BTD, valid_BT, stack, bias_E)
+        placed = forgetful(lambda block, *inputs: block._placed(*inputs), self.experts.gate_up_proj)
+        return placed(self, x_BTD, valid_BT, stack, bias_E)
 
     def _placed(
         self, x_BTD: jax.Array, valid_BT: jax.Array, stack: ExpertStack | None, bias_E: jax.Array | None

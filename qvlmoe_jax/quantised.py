@@ -18,18 +18,20 @@ from qvlmoe_jax.sharding import axes_of, partition_spec
 
 
 class QuantisedWeight(nnx.Module):
-    """Stands where an `nnx.Param` stood: `weight[...]` is the expanded array. Frozen; what uses it must not keep it for the
-    backward pass, which would hold every layer's expanded weights (`jax.checkpoint` around the product).
+    """Stands where an `nnx.Param` stood: `weight[...]` is the expanded array. Frozen; what uses it is `forgetful`.
 
     Attributes:
       codes, scales: as `quantise` makes them, with the stacking dims of the weight in front.
       dtype: of the expanded weight.
+      recomputed: whether the backward pass expands it again anyway, since it recomputes the layer around it.
     """
 
-    def __init__(self, kind: Quantization, shape: tuple[int, ...], dims: tuple[int, int], dtype: DTypeLike):
+    def __init__(
+        self, kind: Quantization, shape: tuple[int, ...], dims: tuple[int, int], dtype: DTypeLike, *, recomputed: bool = False
+    ):
         """Abstract: `with_params` fills it."""
         codes, scales = quantised_shapes(kind, shape, dims)
-        self.kind, self.num_outputs, self.dtype = kind, dims[1], jnp.dtype(dtype)
+        self.kind, self.num_outputs, self.dtype, self.recomputed = kind, dims[1], jnp.dtype(dtype), recomputed
         self.size = shape[len(shape) - dims[1] - 1]
         self.codes = nnx.Param(jax.ShapeDtypeStruct(codes, jnp.int8 if kind == "int8" else jnp.uint8))
         self.scales = nnx.Param(jax.ShapeDtypeStruct(scales, jnp.float32))
@@ -64,6 +66,12 @@ class QuantisedWeight(nnx.Module):
         )
         values, blocks = (jax.lax.slice_in_dim(a, 0, self.size, axis=last) for a in (values, blocks.reshape(shape)))
         return (values * blocks).astype(self.dtype)
+
+
+def forgetful(f: Callable[..., Any], weight: nnx.Param | QuantisedWeight) -> Callable[..., Any]:
+    """`f`, which takes `weight` as an argument or in one. A quantised one is expanded again in the backward pass: kept, there
+    would be one of full size per layer."""
+    return jax.checkpoint(f) if isinstance(weight, QuantisedWeight) and not weight.recomputed else f
 
 
 @jax.tree_util.register_dataclass

@@ -17,3 +17,8 @@ def rematerialised(body: Callable[..., Any], backend: BackendConfig) -> Callable
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if backend.remat == "dots" else None
     # A scan body needs no CSE barrier: the loop already keeps forward and backward apart.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def is_recomputed(path: str, backend: BackendConfig) -> bool:
+    """Whether the backward pass runs the layer again that has the parameter at `path`."""
+    return backend.remat != "none" and ("language_model/layers/" in path or "visual/blocks/" in path)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.collectives import placed_einsum
 from qvlmoe_jax.config import Qwen3VLMoeTextConfig
-from qvlmoe_jax.layers import einsum
+from qvlmoe_jax.layers import Linear, einsum
 from qvlmoe_jax.lora import Quantization, linear_dims
 from qvlmoe_jax.moe import EXPERTS, Qwen3VLMoeTextSparseMoeBlock
 from qvlmoe_jax.quantise import codes_of, quantised_bytes, scales_of
@@ -110,3 +111,29 @@ def test_experts_are_gathered_as_codes_and_scales(kind: Quantization, dispatch: 
     held = sum(part[...].nbytes for weight in weights for part in (weight.codes, weight.scales))
     sent = sum(one.wire_bytes for one in moved if one.axes == ("fsdp",))
     assert sent == pytest.approx(held / 2 * 3 / 4, rel=0.05)  # an axis of four, half of the experts
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_a_linear_is_gathered_once_forward_and_once_backward(recomputed: bool) -> None:
+    """In stacked layers that the backward pass recomputes, and in those that it does not."""
+    equation, inputs, shape, place = PRODUCTS["q_proj"]
+    linear = Linear(equation, shape, init=nnx.initializers.zeros, dtype=jnp.float32, rngs=nnx.Rngs(0), place=place)
+    linear.weight = quantised("nf4", shape, place)
+    linear.weight.recomputed = recomputed
+    mesh = make_mesh(fsdp=8)
+
+    def loss(x: jax.Array, layers: Linear) -> jax.Array:
+        def layer(x: jax.Array, linear: Linear) -> tuple[jax.Array, None]:
+            return x + jnp.sum(jnp.sin(linear(x)), axis=(2, 3))[..., None], None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer, prevent_cse=False) if recomputed else layer, x, layers)[0])
+
+    def placed(part: jax.Array) -> jax.Array:
+        return jax.device_put(jnp.stack([part] * 3), NamedSharding(mesh, P(None, *partition_spec(place, part.shape, mesh))))
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones(inputs), NamedSharding(mesh, fit((BATCH, None, None), inputs, mesh)))
+        text = jax.jit(jax.grad(loss)).lower(x, jax.tree.map(placed, linear)).compile().as_text() or ""
+    moved = hlo.collectives(text, {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1, "context": 1})
+    held = linear.weight.codes[...].nbytes + linear.weight.scales[...].nbytes
+    assert sum(one.wire_bytes for one in moved if one.kind == "all-gather") == 3 * 2 * held * 7 / 8

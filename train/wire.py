@@ -18,6 +18,7 @@ from qvlmoe_jax import Qwen3VLMoeConfig
 from qvlmoe_jax.collectives import fsdp_axes
 from qvlmoe_jax.lora import linear_dims
 from qvlmoe_jax.quantise import quantised_bytes
+from qvlmoe_jax.remat import is_recomputed
 from qvlmoe_jax.sharding import BATCH, PICTURES, axes_in, axes_of, fit, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
@@ -70,8 +71,7 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
         size = quantised_bytes(quantisation, shape, dims) if quantisation and dims else math.prod(shape) * width
         whole = size / math.prod(sizes[a] for a in held if a not in gathered)
         n = math.prod(sizes[a] for a in gathered)
-        in_scan = "language_model/layers" in path or "visual/blocks" in path
-        gathers = 2 if in_scan and config.backend.remat != "none" else 1
+        gathers = 2 if is_recomputed(path, config.backend) else 1
         reduced = 1 if path in trained else 0
         name = "experts" if experts else "weights"
         # one axis after the other, the minor one first; backward the other way round
