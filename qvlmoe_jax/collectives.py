@@ -33,8 +33,7 @@ def gather_dim(w: jax.Array, dim: int, axis: str) -> jax.Array:
     one array, the TPU compiler all-reduces most such gradients whole (24 rows of each expert, 18 of a matrix; libtpu 0.0.50). It
     may lay any dim of a matrix along lanes, and of a larger array whose last dim does not fill them. Shards of fewer rows than a
     tile has it may lay with the rows of one device in front of the devices, and all-reduces them too: they are cut into as
-    many rows as a tile has.
-    The gather itself compiles to the same instruction.
+    many rows as a tile has. The gather itself compiles to the same instruction.
     """
     rows = TILE_BYTES // w.dtype.itemsize
     as_rows = w.ndim > 2 and dim < w.ndim - 1 and w.shape[-1] % LANES == 0

@@ -55,15 +55,17 @@ def _kernel(N: int, T: int, S: int, *, causal: bool, shards: int, interpret: boo
 
 
 def skipping(splash: Any, q_segments: jax.Array, kv_segments: jax.Array) -> Any:
-    """The kernel without the blocks whose queries and keys share no segment, for one row: `[T]`, `[S]`.
+    """The kernel without the blocks whose queries and keys share no segment in any row of `[B,T]`, `[B,S]`.
 
-    The kernel's own description of blocks, read at run time, says which of them run and which is loaded next. Blocks are told
-    apart by their least and greatest segment: exact where segments are in order, as packing lays them.
+    The kernel's own description of blocks, read at run time, says which of them run and which is loaded next; one for all rows of
+    a device, or the kernel would run in a loop over them, whose copies take half as much memory again. Blocks are told apart by
+    their least and greatest segment: exact where segments are in order, as packing lays them.
     """
     _, rows, columns = splash.fwd_mask_info.block_mask.shape
     (q_low, q_high), (kv_low, kv_high) = _spans(q_segments, rows), _spans(kv_segments, columns)
-    runs = (q_low[:, None] <= kv_high) & (kv_low <= q_high[:, None]) & (splash.fwd_mask_info.block_mask[0] > 0)
-    # the kernel divides by each query's sum: none may be without a block
+    share = (q_low[:, :, None] <= kv_high[:, None]) & (kv_low[:, None] <= q_high[:, :, None])
+    runs = jnp.any(share, axis=0) & (splash.fwd_mask_info.block_mask[0] > 0)
+    # the kernel divides by each query's sum: none may be without a block, not even padding
     runs = runs.at[:, 0].set(runs[:, 0] | ~jnp.any(runs, axis=1))
 
     def only(info: Any, loaded: jax.Array) -> Any:
@@ -77,9 +79,9 @@ def skipping(splash: Any, q_segments: jax.Array, kv_segments: jax.Array) -> Any:
 
 
 def _spans(segments: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
-    """The least and greatest segment of each of so many blocks; padding comes after all others."""
-    ordered = jnp.where(segments == 0, jnp.iinfo(jnp.int32).max, segments).reshape(blocks, -1)
-    return ordered.min(axis=1), ordered.max(axis=1)
+    """The least and greatest segment of each of so many blocks, `[B,blocks]`; of padding alone, a span that meets no other."""
+    cut = segments.reshape(segments.shape[0], blocks, -1)
+    return jnp.where(cut == 0, jnp.iinfo(jnp.int32).max, cut).min(axis=2), cut.max(axis=2)
 
 
 def _next_column(runs: jax.Array) -> jax.Array:
@@ -119,11 +121,9 @@ def splash_attention(
 
     def local(splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, kv_seg: jax.Array) -> jax.Array:
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-
-        def one_row(q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, kv_seg: jax.Array) -> jax.Array:
-            return skipping(splash, q_seg, kv_seg)(q, k, v, segment_ids=kernel.SegmentIds(q_seg, kv_seg))
-
-        return jnp.swapaxes(jax.vmap(one_row)(q, k, v, q_seg, kv_seg), 1, 2)
+        own = skipping(splash, q_seg, kv_seg)
+        out = jax.vmap(lambda q, k, v, a, b: own(q, k, v, segment_ids=kernel.SegmentIds(a, b)))(q, k, v, q_seg, kv_seg)
+        return jnp.swapaxes(out, 1, 2)
 
     spread, mesh = Spread.of(q.shape, k.shape, causal=causal), active_mesh()
     heads = N if spread is None else spread.heads
