@@ -18,8 +18,8 @@ def _say(text: str) -> None:
 
 
 def _hf2jax(args: argparse.Namespace) -> None:
-    from convert.directories import find_source
     from convert.hf2jax import hf2jax
+    from qvlmoe_jax.hub import find_source
 
     if not 0 <= args.worker < args.workers:
         raise UsageError(f"--worker {args.worker} of --workers {args.workers}: expected 0 <= worker < workers")
@@ -43,15 +43,15 @@ def _jax2hf(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from convert.directories import find_source
     from convert.verify import verify
+    from qvlmoe_jax.hub import find_source
 
     verify(find_source(args.source), find_source(args.destination), report=_say)
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from convert.directories import find_source
     from convert.inspect import inspect
+    from qvlmoe_jax.hub import find_source
 
     inspect(find_source(args.path), report=_say)
 

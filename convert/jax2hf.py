@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from convert.directories import check_destination, find_side_files
@@ -25,12 +24,11 @@ from convert.tensor_blocks import block_reads
 from qvlmoe_jax.checkpoint import ConvertedWeights, TrainedWeights, open_weights
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, expand
-from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES
+from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES, NAMED_DTYPES
 from qvlmoe_jax.shards import write_shards
 from qvlmoe_jax.whole_directory import whole_directory
 
 READS_AHEAD = FILES_AT_ONCE = 2
-NAMED_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
 def jax2hf(

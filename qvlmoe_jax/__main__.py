@@ -92,9 +92,11 @@ def _generate(args: argparse.Namespace) -> None:
     mesh_sizes = None if args.mesh is None else parse_mesh(args.mesh)
     from qvlmoe_jax.checkpoint import open_weights
     from qvlmoe_jax.generation_config import GenerationConfig
+    from qvlmoe_jax.hub import find_source
     from qvlmoe_jax.processor import Processor
 
-    files = open_weights(args.directory).side_directory
+    directory = find_source(args.directory)
+    files = open_weights(directory).side_directory
     processor = Processor.from_pretrained(files)
     messages = [] if args.system is None else [{"role": "system", "content": [{"type": "text", "text": args.system}]}]
     question = None if args.prompt is None else [*args.media, {"type": "text", "text": args.prompt}]
@@ -124,7 +126,7 @@ def _generate(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     with _within_memory("spread the model with --mesh, or read it with --dtype bfloat16"):
         model = Qwen3VLMoeForConditionalGeneration.from_pretrained(
-            args.directory, dtype=None if args.dtype == "keep" else args.dtype, mesh=mesh
+            directory, dtype=None if args.dtype == "keep" else args.dtype, mesh=mesh
         )
         jax.block_until_ready(model)
     leaves = jax.tree.leaves(model)

@@ -74,6 +74,7 @@ class Batch:
           input_ids: `[B,T0]`. attention_mask: `[B,T0]` of 0 and 1, padding on either side; None = no padding.
           pixel_values `[patches,W]` with image_grid_thw `[images,3]`, pixel_values_videos with video_grid_thw `[videos,3]`.
           position_ids: None computes them; otherwise `[B,T0]`, `[3,B,T0]` or `[4,B,T0]` (HF's text row is dropped).
+          labels: `[B,T0]`, ids of the columns themselves, -100 where nothing is to be learnt.
           mm_token_type_ids: accepted because the processor returns it; must agree with the ids it is derived from.
           text_length, vision_rows, row_patches: T, R and P; None = the smallest that fit, rounded up to a power of two.
           groups: G; B must be a multiple of it.
@@ -135,7 +136,7 @@ class Batch:
             patch_coords=packed.patch_coords,
             pos_index=packed.pos_index,
             pos_weight=packed.pos_weight,
-            labels=None if labels is None else _pad(_host(labels, "labels", 2).astype(np.int32), T, IGNORED_LABEL),
+            labels=None if labels is None else _pad(_given_labels(labels, ids.shape, vocab), T, IGNORED_LABEL),
         )
         batch.check()
         return batch
@@ -242,6 +243,20 @@ def _host(value: Any, name: str, ndim: int, *, integer: bool = True) -> np.ndarr
 def _pad(array: np.ndarray, length: int, value: int) -> np.ndarray:
     """Pads the last dim on the right to `length`."""
     return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])], constant_values=value)
+
+
+def _given_labels(labels: Any, shape: tuple[int, ...], vocab: int) -> np.ndarray:
+    given = _host(labels, "labels", 2)
+    if given.shape != shape:
+        raise BatchError(
+            f"labels have shape {list(given.shape)}, expected input_ids' {list(shape)}; they are shifted in the loss"
+        )
+    wrong = given[(given != IGNORED_LABEL) & ((given < 0) | (given >= vocab))]
+    if wrong.size:
+        raise BatchError(
+            f"labels contain {wrong[0]}, expected 0 .. {vocab - 1}, or {IGNORED_LABEL} where nothing is to be learnt"
+        )
+    return given.astype(np.int32)
 
 
 def _given_positions(position_ids: Any, B: int, T: int) -> np.ndarray:

@@ -22,12 +22,13 @@ from numpy.typing import DTypeLike
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.conversion_record import read_record
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.generation_config import FILE as GENERATION_FILE
 from qvlmoe_jax.hf import expand, param_shapes
 from qvlmoe_jax.hf_weights import HFWeights
 from qvlmoe_jax.local_files import check_tree
 from qvlmoe_jax.orbax_store import OrbaxArrays
 from qvlmoe_jax.param_tree import check_shapes, flatten, nest
-from qvlmoe_jax.safetensors_io import DTYPE_NAMES
+from qvlmoe_jax.safetensors_io import DTYPE_NAMES, NAMED_DTYPES
 from qvlmoe_jax.shards import split_shards, write_shards
 from qvlmoe_jax.whole_directory import whole_directory
 
@@ -187,6 +188,19 @@ def open_weights(directory: str | Path) -> Weights:
     return TrainedWeights(directory) if is_training_checkpoint(directory) else HFWeights(directory)
 
 
+def own_dtype(weights: Weights) -> np.dtype:
+    """The dtype of a model as its files have it: theirs, or, where they hold several (norms in float32, float8 beside bfloat16),
+    the one that config.json names, else that of most parameters. The computation needs one; `transformers` loads in one too.
+    """
+    common = Counter(weights.dtypes.values()).most_common()
+    config = weights.config.to_hf()
+    for section in (config, config["text_config"]):
+        named = NAMED_DTYPES.get(str(section.get("dtype") or section.get("torch_dtype")))
+        if len(common) > 1 and named is not None:
+            return named
+    return common[0][0]
+
+
 def load_params(weights: Weights, *, dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
     """A model directory's parameters: nested dicts of jax arrays, sharded by the one table when there is a mesh.
 
@@ -284,7 +298,12 @@ def _on_host(leaf: Any) -> np.ndarray:
 
 
 def save_hf(
-    directory: str | Path, config: Qwen3VLMoeConfig, params: Mapping[str, Any], *, max_shard_size: int = 5 * 10**9
+    directory: str | Path,
+    config: Qwen3VLMoeConfig,
+    params: Mapping[str, Any],
+    *,
+    generation: Mapping[str, Any] | None = None,
+    max_shard_size: int = 5 * 10**9,
 ) -> None:
     """Writes config.json and safetensors in the hub's layout; the directory appears whole or not at all.
 
@@ -294,6 +313,7 @@ def save_hf(
     Args:
       directory: new, or empty.
       params: the parameter tree (nested dicts of jax or numpy arrays).
+      generation: the object of generation_config.json; None or empty: no such file.
       max_shard_size: bytes of one file's data.
     Raises:
       CheckpointError: the directory is in use, or `params` does not match `config`.
@@ -324,4 +344,6 @@ def save_hf(
         return
     with whole_directory(directory, suffix=".saving") as staging:
         write_shards(staging, specs, tensor, max_shard_bytes=max_shard_size)
-        (staging / "config.json").write_text(json.dumps(_hf_config(config, common), indent=2) + "\n", encoding="utf-8")
+        for name, value in (("config.json", _hf_config(config, common)), (GENERATION_FILE, generation)):
+            if value:
+                (staging / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

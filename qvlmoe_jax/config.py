@@ -136,9 +136,10 @@ class Qwen3VLMoeTextConfig:
             extra=read.extra(),
         )
 
-    def to_hf(self) -> dict[str, Any]:
-        """The hub's `text_config` object (`num_experts`, flat `rope_theta`, `rope_scaling`)."""
-        moe = self.num_experts > 0
+    def to_hf(self, *, moe: bool | None = None) -> dict[str, Any]:
+        """The hub's `text_config` object (`num_experts`, flat `rope_theta`, `rope_scaling`); of a MoE model if it has experts, or
+        `moe` says so."""
+        moe = self.num_experts > 0 if moe is None else moe
         out = dict(self.extra)
         out.update({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"})
         out.update(
@@ -355,7 +356,7 @@ class Qwen3VLMoeConfig:
         out.update(
             architectures=[architecture],
             model_type=self.model_type,
-            text_config=self.text_config.to_hf(),
+            text_config=self.text_config.to_hf(moe=moe),
             vision_config=self.vision_config.to_hf(moe=moe),
             image_token_id=self.image_token_id,
             video_token_id=self.video_token_id,

@@ -26,11 +26,13 @@ class GenerationConfig:
       eos_token_id: the tokens that end an answer; empty = none does.
       pad_token_id: fills an answer's row after its end.
       sampling: `generate`'s arguments, those that the file names; temperature 0 when it turns sampling off.
+      file: the file's own object, which holds more than is used here.
     """
 
     eos_token_id: tuple[int, ...] = field(default=(), compare=False)
     pad_token_id: int | None = field(default=None, compare=False)
     sampling: Mapping[str, float] = field(default_factory=dict, compare=False)
+    file: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_directory(cls, directory: str | Path, config: Mapping[str, Any] | None = None) -> GenerationConfig:
@@ -59,4 +61,15 @@ class GenerationConfig:
             sampling = UNSAID | sampling
         else:
             sampling["temperature"] = 0.0
-        return cls(tuple(eos), pad, sampling)
+        return cls(tuple(eos), pad, sampling, own)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The object for a `generation_config.json`: the file's own with these ids, or one that says the same."""
+        out = dict(self.file)
+        if self.eos_token_id:
+            out["eos_token_id"] = list(self.eos_token_id) if len(self.eos_token_id) > 1 else self.eos_token_id[0]
+        if self.pad_token_id is not None:
+            out["pad_token_id"] = self.pad_token_id
+        if not self.file and self.sampling.get("temperature"):
+            out.update({"top_k": 0} | dict(self.sampling), do_sample=True)  # unsaid, it would be 50
+        return out

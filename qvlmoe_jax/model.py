@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.generation_config import GenerationConfig
+from qvlmoe_jax.hub import find_source
 from qvlmoe_jax.layers import Embed, Linear, einsum, truncated_normal
 from qvlmoe_jax.moe import RouterStats
 from qvlmoe_jax.sharding import BATCH, HIDDEN, PICTURES, constrain, tree_shardings
@@ -163,12 +165,14 @@ class Qwen3VLMoeModel(nnx.Module):
 def keep_columns(hidden: jax.Array, segment_ids: jax.Array, logits_to_keep: Any) -> jax.Array:
     """HF's `logits_to_keep` on `[B,T,D]`: 0 = all, n = the last n columns, an array = those columns.
 
-    "Last" counts from the batch's last column that holds a token, not from the bucket's end, which is padding HF never sees.
+    "Last" counts from the batch's last column that holds a token, not from the bucket's end, which is padding HF never sees. For
+    an n beyond the first column, that one is repeated, since no shape can depend on tokens; there are at most T.
     """
-    if isinstance(logits_to_keep, int):
+    if isinstance(logits_to_keep, Integral):
         if logits_to_keep == 0:
             return hidden
         T = hidden.shape[1]
+        logits_to_keep = min(int(logits_to_keep), T)
         end = jnp.max(jnp.where(jnp.any(segment_ids > 0, axis=0), jnp.arange(T) + 1, 0))
         logits_to_keep = jnp.maximum(end - logits_to_keep + jnp.arange(logits_to_keep), 0)
     return jnp.take(hidden, jnp.asarray(logits_to_keep), axis=1)
@@ -282,23 +286,26 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         """Opens a Hugging Face directory, a converted one, or a training run.
 
         Args:
-          dtype: None = the checkpoint's own.
+          directory: its path, or a hub repository's `ORG/NAME`, downloaded first if it is not in the hub's cache.
+          dtype: None = the checkpoint's own; of several, the one that config.json names.
           mesh: parameters arrive sharded by the one table; None = on the default device.
         Raises:
           ConfigError, CheckpointError: what is wrong with the directory, by file or key.
         """
         from qvlmoe_jax import checkpoint  # not needed to build a model
 
-        weights = checkpoint.open_weights(directory)
+        weights = checkpoint.open_weights(find_source(directory))
         model = cls.abstract(weights.config, backend=backend)
         model.generation_config = GenerationConfig.from_directory(weights.side_directory, weights.config.to_hf())
+        dtype = checkpoint.own_dtype(weights) if dtype is None else dtype
         return model.with_params(checkpoint.load_params(weights, dtype=dtype, mesh=mesh))
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
-        """Writes config.json and safetensors in the hub's layout, which `transformers` and vLLM read."""
+        """Writes config.json, generation_config.json and safetensors in the hub's layout, which `transformers` and vLLM read."""
         from qvlmoe_jax import checkpoint
 
-        checkpoint.save_hf(directory, self.config, self.params(), max_shard_size=max_shard_size)
+        generation = self.generation_config.to_hf()
+        checkpoint.save_hf(directory, self.config, self.params(), generation=generation, max_shard_size=max_shard_size)
 
     def params(self) -> dict[str, Any]:
         """The parameters as a pure dict of arrays whose keys follow the HF path (see docs/checkpoint.md)."""

@@ -17,6 +17,7 @@ from qvlmoe_jax.chat_template import ChatTemplate
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.conversation import read_conversations
 from qvlmoe_jax.errors import MediaError, ProcessorError
+from qvlmoe_jax.hub import find_source
 from qvlmoe_jax.images import load_image
 from qvlmoe_jax.patches import in_threads, pixel_rows
 from qvlmoe_jax.processor_files import ImageSettings, VideoSettings, read_settings
@@ -63,11 +64,12 @@ class Processor:
         """Reads an HF directory or a converted one (they hold the same processor files).
 
         Args:
+          directory: its path, or a hub repository's `ORG/NAME`, downloaded first if it is not in the hub's cache.
           fetch_seconds, fetch_bytes: the most that one http(s) picture or video may take.
         Raises:
           ProcessorError, ConfigError: a file that is missing, damaged or contradicts another one.
         """
-        folder = Path(directory)
+        folder = find_source(directory)
         if not folder.is_dir():
             raise ProcessorError(f"{folder} is not a directory, expected a checkpoint with its tokenizer and processor files")
         if video_prompt not in ("replaced", "wrapped"):

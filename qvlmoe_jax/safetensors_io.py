@@ -43,6 +43,8 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMED_DTYPES = {dtype.name: dtype for dtype in (DTYPES["F32"], DTYPES["F16"], DTYPES["BF16"])}
+"""What a `config.json` may name as the dtype of its weights."""
 
 TensorSpec = tuple[np.dtype, tuple[int, ...]]
 """dtype and shape of a tensor that is still to be written."""

@@ -99,14 +99,17 @@ def warp(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array
 
     Returns:
       log-probabilities up to a constant `[B,C]`, -inf where cut, and the candidates' ids `[B,C]`; None = all ids in order.
-      Only the top_k likeliest are ever sorted.
+      Only twice the top_k likeliest are ever sorted; of more that are as likely as the k-th, the later ids are cut.
     """
     # Below the likeliest, so that no division overflows: a temperature near 0 leaves the likeliest alone, not several infinities.
     below = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits, ids = below / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny), None
     V = logits.shape[-1]
     if sampling.top_k or sampling.top_p is not None:
-        logits, ids = jax.lax.top_k(logits, min(sampling.top_k or V, V))  # likeliest first
+        k = min(sampling.top_k or V, V)
+        logits, ids = jax.lax.top_k(logits, min(2 * k, V))  # likeliest first
+        # All that are as likely as the k-th stay in, as in transformers: in bfloat16 one position in five has such.
+        logits = jnp.where(logits < logits[:, k - 1 : k], -jnp.inf, logits)
     if sampling.top_p is not None:
         probs = jax.nn.softmax(logits, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs

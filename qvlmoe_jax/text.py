@@ -203,7 +203,7 @@ class Qwen3VLMoeTextModel(nnx.Module):
             width = sum(slot.kind == "moe" for slot in run.slots)
             bias = None
             if router_bias is not None:
-                bias = router_bias[done : done + run.repeats * width].reshape(run.repeats, width, -1)
+                bias = router_bias[done : done + run.repeats * width].reshape(run.repeats, width, router_bias.shape[-1])
             x, outputs = self._scan(run, x, rotary, segment_ids, deepstack, output_hidden_states, bias)
             done += run.repeats * width
             collected.append(outputs)

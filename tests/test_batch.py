@@ -85,6 +85,18 @@ def test_frames_are_segments_in_merge_order() -> None:
     assert np.allclose(batch.pos_weight[ids > 0].sum(-1), 1) and not batch.pos_weight[ids == 0].any()
 
 
+def test_labels_are_ids_of_their_own_columns() -> None:
+    inputs = _inputs([Text(3)])
+    vocab = CONFIG.text_config.vocab_size
+    given = np.full(inputs["input_ids"].shape, -100)
+    given[0, 1] = vocab - 1
+    assert Batch.from_hf(CONFIG, **inputs, labels=given).labels[0, : given.shape[1]].tolist() == given[0].tolist()
+    _refused(re.escape("labels have shape [1, 2], expected input_ids' [1, 3]"), inputs, labels=given[:, :2])
+    _refused(re.escape("labels have shape [1, 4], expected"), inputs, labels=np.full((1, 4), -100))
+    for wrong in (vocab, -1, -101):
+        _refused(f"labels contain {wrong}, expected 0 .. {vocab - 1}", inputs, labels=np.where(given < 0, given, wrong))
+
+
 @given(sizes=st.lists(st.integers(1, 64), max_size=40), row=st.integers(64, 200))
 def test_placing_frames_loses_none_and_overlaps_none(sizes: list[int], row: int) -> None:
     places, rows = place_frames(sizes, row)

@@ -146,6 +146,11 @@ def test_to_hf_round_trip(hub):
     assert Qwen3VLMoeConfig.from_hf(written).to_hf() == config.to_hf()
 
 
+def test_a_moe_model_without_experts_stays_one():
+    config = Qwen3VLMoeConfig.from_hf(variant(tiny.TINY, text_config={"num_experts": 0}))
+    assert Qwen3VLMoeConfig.from_hf(config.to_hf()) == config
+
+
 def test_to_hf_keeps_what_the_network_does_not_use():
     extra = variant(tiny.TINY, text_config={"eos_token_id": 7}, vision_config={"dtype": "bfloat16"}, my_note={"a": [1]})
     written = Qwen3VLMoeConfig.from_hf(extra).to_hf()

@@ -176,7 +176,7 @@ def test_logits_to_keep() -> None:
     theirs, model = reference.build_model(config, tensors), ours.build_model(config, tensors)
 
     def forward(model: Any, batch: Batch, keep: Any) -> jax.Array:
-        if isinstance(keep, int):
+        if isinstance(keep, int | np.integer):
             return keep_last(model, batch, keep)
         return keep_columns(model, batch, keep)
 
@@ -192,6 +192,9 @@ def test_logits_to_keep() -> None:
             expected = reference.run(theirs, inputs, logits_to_keep=torch_keep).logits.numpy()
             found = np.asarray(forward(model, batch, keep))[:, : kept.shape[1]]
             assert np.abs(found - expected)[kept].max() <= tolerances.LOGITS, (case, keep)
+        beyond = forward(model, batch, np.int64(100))  # more than there are: at most the bucket's, and the last are the last
+        assert beyond.shape[1] == batch.input_ids.shape[1]
+        np.testing.assert_array_equal(beyond[:, -3:], forward(model, batch, 3))
 
 
 def test_inputs_embeds_take_the_place_of_the_lookup() -> None:

@@ -65,3 +65,21 @@ def test_an_absent_one_is_one_line_that_says_offline(command: list[str], home: P
     assert done.stderr.startswith("error: Qwen/Absent: no such directory")
     assert "offline" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_takes_a_repositorys_name_too(home: Path) -> None:
+    code = (
+        "from qvlmoe_jax import Qwen3VLMoeForConditionalGeneration as Model, Processor\n"
+        f"model = Model.from_pretrained({REPOSITORY!r})\n"
+        "print(model.get_input_embeddings().weight.dtype)\n"
+        "for open_ in (Model.from_pretrained, Processor.from_pretrained):\n"
+        "    try: open_('Qwen/Absent')\n"
+        "    except Exception as error: print(type(error).__name__, error)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    dtype, *refusals = done.stdout.splitlines()
+    assert dtype == "bfloat16" and len(refusals) == 2
+    assert all("Qwen/Absent: no such directory, and the hub repository" in line for line in refusals)

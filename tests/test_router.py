@@ -193,6 +193,20 @@ def test_a_frozen_router_has_no_gradient_and_the_rest_still_works(model: Any) ->
         np.testing.assert_allclose(moment, flatten(free.opt_state[0].mu)[path], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("dense", [[0], [0, 1], [2]], ids=["first", "first two", "last"])
+def test_layers_without_experts_take_no_row_of_the_bias(dense: list[int]) -> None:
+    """In front, behind: a bias of the one expert makes every token of its layer choose it."""
+    config = tiny.variant(CONFIG, text_config={"mlp_only_layers": dense})
+    model = ours.build_model(config, random_hf_tensors(config))
+    batch = jax.tree.map(lambda a: a[0], text_batches(1))
+    rows = 3 - len(dense)
+    bias = np.zeros((rows, EXPERTS), np.float32)
+    bias[-1, 5] = 2.0
+    stats = jax.jit(lambda m, b, bias: m.model(b, router_bias=bias).router_stats)(model, batch, bias)
+    assert stats.tokens_per_expert.shape == (rows, EXPERTS)
+    assert stats.tokens_per_expert[-1, 5] == stats.num_tokens[-1]
+
+
 def test_a_dense_model_has_no_bias() -> None:
     assert bias_shape(RouterConfig(), Qwen3VLMoeConfig.from_hf(tiny.DENSE)) is None
     with pytest.raises(ConfigError, match=r"bias_update_rate = 0.1, but the model has no layer with experts"):

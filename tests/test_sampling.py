@@ -102,6 +102,18 @@ def test_cuts_are_transformers(name: str) -> None:
     np.testing.assert_allclose(left(**options), torch.softmax(scores, -1)[0].numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6])
+def test_all_that_are_as_likely_as_the_kth_stay_in(k: int) -> None:
+    """As in transformers: bfloat16 has many equal logits."""
+    logits = np.array([[2, 1, 1, 1, 0, -1, 1, -2]], np.float32)
+    kept, ids = warp(jnp.asarray(logits), Sampling.of(temperature=1.0, top_k=k))
+    assert ids is not None
+    found = set(np.asarray(ids)[np.isfinite(kept)].tolist())
+    at_least = np.sort(logits[0])[-k]
+    expected = np.flatnonzero(logits[0] >= at_least).tolist()
+    assert found == set(expected[: 2 * k]) and len(found) >= k
+
+
 def test_repetition_penalty_is_transformers() -> None:
     torch = pytest.importorskip("torch")
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
