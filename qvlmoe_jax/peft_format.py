@@ -35,6 +35,9 @@ _REFUSED = (
     "monteclora_config",
 )  # fmt: skip
 
+# Of PEFT's `init_lora_weights`, those that leave the base's weights alone, spelt as `str(value).lower()`.
+_PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+
 
 def is_adapter_directory(directory: Path) -> bool:
     """Whether PEFT, or `save_adapter`, wrote it."""
@@ -145,10 +148,22 @@ def _read_config(directory: Path) -> tuple[Mapping[str, Any], int, float]:
     on = [name for name in _REFUSED if tree.get(name)] + ["bias"] * (tree.get("bias", "none") != "none")
     if on:
         raise CheckpointError(f"{file}: {on[0]} = {json.dumps(tree[on[0]])} is not supported, expected plain LoRA")
+    _refuse_changed_base(file, tree.get("init_lora_weights") or False)
     rank, alpha = tree.get("r"), tree.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise CheckpointError(f"{file}: r = {rank!r} and lora_alpha = {alpha!r}, expected numbers")
     return tree, rank, float(alpha)
+
+
+def _refuse_changed_base(file: Path, init: Any) -> None:
+    """PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA begin by changing the base's weights: the adapter belongs to those."""
+    if str(init).lower() not in _PLAIN_INITS:
+        raise CheckpointError(
+            f"{file}: init_lora_weights = {json.dumps(init)}: the base weights were changed too, and with the original ones this "
+            f"adapter computes something else; expected one of {', '.join(_PLAIN_INITS)}. Save it as plain LoRA with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), or (LoftQ has no such way back) save the "
+            "changed base model, take that as the base, and write true here"
+        )
 
 
 def load_adapter(directory: str | Path, config: Qwen3VLMoeConfig) -> tuple[LoraConfig, dict[str, Any]]:

@@ -217,6 +217,10 @@ def test_twenty_steps_follow_peft_and_torchs_adamw(tmp_path: Path, record: Any) 
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "expected peft_type LORA"),
         ({"r": 4}, "has shape"),
+        *(
+            ({"init_lora_weights": way}, f'init_lora_weights = "{way}": the base weights were changed too')
+            for way in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga")
+        ),
         ({"target_parameters": None}, "belong to nothing that can be adapted"),
     ],
 )
@@ -232,6 +236,41 @@ def test_what_is_more_than_lora_or_of_another_model_is_refused(change: dict[str,
     (tmp_path / "a" / WEIGHTS_FILE).unlink()
     with pytest.raises(CheckpointError):
         load_adapter(tmp_path / "a", model.config)
+
+
+@pytest.mark.parametrize("way", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_ways_to_begin_that_leave_the_base_alone(way: Any, tmp_path: Path) -> None:
+    model = build(training.SMALL)
+    lora = LoraConfig(rank=2, targets=("attention",))
+    adapters = lora_cases.random_adapters(model, lora)
+    save_adapter(tmp_path / "a", model.config, adapters, lora)
+    file = tmp_path / "a" / CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": way}))
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "a", model.config)[1], adapters)
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")  # PEFT's, while it converts
+def test_pissa_is_read_once_saved_as_the_error_says(tmp_path: Path) -> None:
+    config = training.SMALL
+    chosen = peft.LoraConfig(r=2, lora_alpha=5, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"])
+    theirs: Any = peft.get_peft_model(reference.build_model(config, random_hf_tensors(config)), chosen).eval()
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT's documentation has it
+    theirs.save_pretrained(str(tmp_path / "initial"))
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    torch.manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model, inputs = build(config), cases.CASES["text"](config)
+    with torch.no_grad():
+        expected = peft_run(theirs, inputs).logits.numpy()
+    theirs.save_pretrained(str(tmp_path / "pissa"))
+    with pytest.raises(CheckpointError, match="path_initial_model_for_weight_conversion"):
+        load_adapter(tmp_path / "pissa", model.config)
+    theirs.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    lora, adapters = load_adapter(tmp_path / "plain", model.config)
+    found = ours.logits(with_adapters(model, adapters, lora), config, inputs)
+    assert np.abs(found - expected)[cases.valid(inputs)].max() <= tolerances.MODULE
 
 
 @pytest.mark.parametrize(
