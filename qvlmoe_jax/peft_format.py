@@ -66,8 +66,14 @@ def _rows(config: Qwen3VLMoeConfig, paths: list[str]) -> list[tuple[str, Row]]:
     return [(path, row) for path in paths for row in by_path[path]]
 
 
-def _inner(path: str, paths: frozenset[str]) -> bool:
-    return path.endswith("experts/gate_up_proj") and path.replace("gate_up_proj", "down_proj") in paths
+def _inner(row: Row, modules: frozenset[str]) -> bool:
+    """Whether its wrapper is the inner one: both parameters of its layer's experts are among `modules`, the adapted ones."""
+    return row.key.endswith("experts.gate_up_proj") and row.key.replace("gate_up_proj", "down_proj") in modules
+
+
+def _is_named(row: Row, names: list[str]) -> bool:
+    """Whether `target_parameters` means it: PEFT compares with the end of the whole name, from a dot on."""
+    return any(f".{_module(row)}".endswith(f".{name}") for name in names)
 
 
 def _to_peft(path: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,14 +111,15 @@ def save_adapter(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: exists and is not empty, expected a new directory")
     flat, paths = flatten(adapters), target_paths(config, lora.targets)
-    rows, adapted = _rows(config, paths), frozenset(paths)
+    rows = _rows(config, paths)
+    adapted = frozenset(_module(row) for _, row in rows)
     shapes = param_shapes(config)
     sources: dict[str, tuple[str, Row, int]] = {}
     specs = {}
     for path, row in rows:
         layer = shapes[path][len(row.index) :]
         made = _to_peft(path, *(np.empty(shape, bool) for shape in factor_shapes(path, layer, lora.rank)))
-        for which, (key, factor) in enumerate(zip(_keys(row, _inner(path, adapted)), made, strict=True)):
+        for which, (key, factor) in enumerate(zip(_keys(row, _inner(row, adapted)), made, strict=True)):
             sources[key], specs[key] = (path, row, which), (FLOAT32, factor.shape)
 
     def tensor(key: str) -> list[np.ndarray]:
@@ -183,13 +190,12 @@ def load_adapter(directory: str | Path, config: Qwen3VLMoeConfig) -> tuple[LoraC
     header, mapped = read_header(file), MappedFile.open(file)
     shapes = linears(config)
     named = [str(name) for name in tree.get("target_parameters") or []]
-    both = any(name.endswith("gate_up_proj") for name in named) and any(name.endswith("down_proj") for name in named)
+    rows = [(path, row) for path, row in _rows(config, list(shapes)) if not _is_expert(path) or _is_named(row, named)]
+    modules = frozenset(_module(row) for _, row in rows)
     flat: dict[str, np.ndarray] = {}
     used: set[str] = set()
-    for path, row in _rows(config, list(shapes)):
-        if _is_expert(path) and not any(name.endswith(path.rpartition("/")[2]) for name in named):
-            continue
-        keys = _keys(row, both and path.endswith("gate_up_proj"))
+    for path, row in rows:
+        keys = _keys(row, _inner(row, modules))
         if not any(key in header for key in keys):
             continue
         layer = shapes[path][len(row.index) :]

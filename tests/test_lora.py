@@ -113,13 +113,22 @@ def test_peft_loads_what_we_save_and_we_load_what_it_saves(name: str, lora: Lora
     jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(np.asarray, adapters))
 
 
-def test_some_layers_by_name_as_peft_users_choose_them(tmp_path: Path) -> None:
-    """Two projections of one layer and the experts' first parameter: the other layers of the stack have zeros."""
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        ["mlp.experts.gate_up_proj"],
+        ["layers.0.mlp.experts.down_proj", "layers.2.mlp.experts.gate_up_proj"],
+        ["experts.down_proj", "layers.2.mlp.experts.gate_up_proj"],
+    ],
+    ids=["one of each layer", "another of another layer", "both of one layer"],
+)
+def test_some_layers_by_name_as_peft_users_choose_them(parameters: list[str], tmp_path: Path) -> None:
+    """Two projections of one layer and parameters of experts: the other layers of the stack have zeros."""
     config = tiny.TINY
     base = reference.build_model(config, random_hf_tensors(config))
     chosen = peft.LoraConfig(
         r=2, lora_alpha=5, init_lora_weights=False, target_modules=["layers.2.self_attn.q_proj", "layers.4.self_attn.o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj"],
+        target_parameters=parameters,
     )  # fmt: skip
     torch.manual_seed(0)
     theirs = peft.get_peft_model(base, chosen).eval()
