@@ -23,7 +23,7 @@ from qvlmoe_jax.patches import in_threads, pixel_rows
 from qvlmoe_jax.processor_files import ImageSettings, VideoSettings, read_settings
 from qvlmoe_jax.prompts import PaddingSide, VideoPrompt, VideoTokens, VisionTokens, padded, prompt_ids
 from qvlmoe_jax.resize import resize, smart_resize
-from qvlmoe_jax.sources import FetchLimits
+from qvlmoe_jax.sources import FetchLimits, name_of
 from qvlmoe_jax.tokenizer import Tokenizer, read_json
 from qvlmoe_jax.videos import load_clip
 
@@ -199,15 +199,15 @@ class Processor:
         return [self.decode(row, skip_special_tokens) for row in ids]
 
     def _resized(self, source: Any, settings: ImageSettings) -> np.ndarray:
-        image = load_image(source, self.limits)
+        image, name = load_image(source, self.limits), name_of(source, "picture")
         factor = settings.patch_size * settings.merge_size
         height, width = image.height, image.width
         if settings.do_resize:
             height, width = smart_resize(
-                height, width, factor=factor, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels
+                height, width, factor=factor, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels, name=name
             )
         elif height % factor or width % factor:
-            raise MediaError(f"the picture is {width} x {height} and do_resize is off; expected multiples of {factor}")
+            raise MediaError(f"{name} is {width} x {height} and do_resize is off; expected multiples of {factor}")
         return resize(image, height, width, settings.resample)
 
     def _check(self) -> None:

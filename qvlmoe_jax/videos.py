@@ -76,7 +76,7 @@ def timestamps(indices: Sequence[int] | np.ndarray, fps: float | None, temporal_
     return [(seconds[i] + seconds[i + t - 1]) / 2 for i in range(0, len(seconds), t)]
 
 
-def frame_size(num_frames: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int]:
+def frame_size(num_frames: int, height: int, width: int, settings: VideoSettings, name: str = "the clip") -> tuple[int, int]:
     """Height and width that every frame of a clip is resized to.
 
     With `cap_pixels_per_frame` a frame gets at most `max_video_tokens` tokens and its even share of the clip's budget
@@ -85,7 +85,7 @@ def frame_size(num_frames: int, height: int, width: int, settings: VideoSettings
     factor = settings.patch_size * settings.merge_size
     if not settings.do_resize:
         if height % factor or width % factor:
-            raise MediaError(f"the clip is {width} x {height} and do_resize is off; expected multiples of {factor}")
+            raise MediaError(f"{name} is {width} x {height} and do_resize is off; expected multiples of {factor}")
         return height, width
     max_pixels = settings.max_pixels
     if settings.cap_pixels_per_frame:
@@ -99,6 +99,7 @@ def frame_size(num_frames: int, height: int, width: int, settings: VideoSettings
         temporal_factor=settings.temporal_patch_size,
         min_pixels=settings.min_pixels,
         max_pixels=max_pixels,
+        name=name,
     )
 
 
@@ -122,7 +123,7 @@ def _from_frames(source: Any, settings: VideoSettings, metadata: Mapping[str, An
         if len(source_index) != len(frames):
             raise MediaError(f"video_metadata has {len(source_index)} frames_indices for {len(frames)} frames, expected one each")
     pictures = (frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in (frames[i] for i in chosen))
-    return _resized(pictures, source_index[chosen], fps, settings)
+    return _resized(pictures, source_index[chosen], fps, settings, "the clip")
 
 
 def _from_file(source: Any, settings: VideoSettings, limits: FetchLimits) -> Clip:
@@ -154,7 +155,7 @@ def _from_file(source: Any, settings: VideoSettings, limits: FetchLimits) -> Cli
 
     def decode(container: Any) -> Clip:
         chosen = sample_frames(total, fps, settings)
-        return _resized(_decoded(container, chosen), chosen, fps, settings)
+        return _resized(_decoded(container, chosen), chosen, fps, settings, name)
 
     if total:  # the header's claim; where the frames end earlier, counted below
         try:
@@ -200,13 +201,13 @@ def _decoded(container: Any, chosen: np.ndarray) -> Iterator[Image.Image]:
         raise _FewerFrames
 
 
-def _resized(pictures: Iterable[Image.Image], indices: np.ndarray, fps: float | None, settings: VideoSettings) -> Clip:
+def _resized(pictures: Iterable[Image.Image], indices: np.ndarray, fps: float | None, settings: VideoSettings, name: str) -> Clip:
     """Resizes one by one, so that a long clip never lies in memory at its full size."""
     frames = None
     height = width = 0
     for i, picture in enumerate(pictures):
         if frames is None:
-            height, width = frame_size(len(indices), picture.height, picture.width, settings)
+            height, width = frame_size(len(indices), picture.height, picture.width, settings, name)
             frames = np.empty((len(indices), height, width, 3), np.uint8)
         frames[i] = resize(picture, height, width, settings.resample)
     assert frames is not None

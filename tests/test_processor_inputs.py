@@ -288,6 +288,14 @@ class TestOptions:
         with pytest.raises(ProcessorError, match="min_pixels = 65536 is more than max_pixels = 100"):
             processor.encode(big, images_kwargs={"max_pixels": 100})
 
+    def test_a_sliver(self, processor: Processor, tmp_path: Path) -> None:
+        sliver, file = picture(4001, 20), tmp_path / "sliver.png"
+        sliver.save(file)
+        for source, name in ((sliver, "the picture"), (str(file), str(file))):
+            with pytest.raises(MediaError) as caught:
+                processor.encode(ask({"type": "image", "image": source}, "?"))
+            assert str(caught.value) == f"{name} is 20 x 4001 pixels, an aspect ratio of 200.05; expected at most 200: crop it"
+
     def test_normalisation(self, processor: Processor) -> None:
         plain = processor.encode(ask(image(256, 256), "?"), images_kwargs={"do_normalize": False})["pixel_values"]
         raw = processor.encode(ask(image(256, 256), "?"), images_kwargs={"do_normalize": False, "do_rescale": False})[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import re
 import struct
 import threading
 import time
@@ -376,7 +377,7 @@ class TestVideos:
             (clip(1, 40, 40), "has 1 frame, expected at least 2; pass it as a picture"),
             ([picture(40, 40)], "has 1 frame, expected at least 2"),
             ([], "has no frames"),
-            (clip(4, 2, 900), "aspect ratio of 450"),
+            (clip(4, 2, 900), "the clip is 900 x 2 pixels, an aspect ratio of 450.00; expected at most 200: crop it"),
             (np.zeros((4, 8, 8, 3), np.float32), "float32, expected uint8"),
             (np.zeros((4, 8, 8, 2), np.uint8), r"shape \[4, 8, 8, 2\], expected \[frames,H,W,3\]"),
             ([picture(40, 40), picture(40, 41)], "differ in size"),
@@ -390,6 +391,11 @@ class TestVideos:
         with pytest.raises(MediaError, match=message) as caught:
             load_clip(source, VideoSettings())
         assert "\n" not in str(caught.value)
+
+    def test_a_file_of_the_wrong_size_is_named(self) -> None:
+        file = VIDEO_FILES / "mpeg4_25fps_13frames.mp4"
+        with pytest.raises(MediaError, match=f"^{re.escape(str(file))} is .* and do_resize is off; expected multiples of 2000"):
+            load_clip(file, VideoSettings(do_resize=False, patch_size=1000))
 
     def test_a_sound_file(self) -> None:
         import wave
