@@ -89,6 +89,9 @@ def _note(text: str) -> None:
 def _generate(args: argparse.Namespace) -> None:
     if args.prompt is None and not args.chat:
         raise UsageError("nothing to answer: expected --prompt TEXT, or --chat to read questions from stdin")
+    for flag, value in (("--max-new-tokens", args.max_new_tokens), ("--prefill-chunk", args.prefill_chunk)):
+        if value < 1:
+            raise UsageError(f"{flag} {value}: expected at least 1")
     mesh_sizes = None if args.mesh is None else parse_mesh(args.mesh)
     from qvlmoe_jax.checkpoint import open_weights
     from qvlmoe_jax.generation_config import GenerationConfig
@@ -113,8 +116,6 @@ def _generate(args: argparse.Namespace) -> None:
     from qvlmoe_jax.sharding import make_mesh
 
     Sampling.of(**sampling)
-    if args.max_new_tokens < 1 or args.prefill_chunk < 1:
-        raise UsageError("--max-new-tokens and --prefill-chunk: expected positive numbers")
     try:
         mesh = None if mesh_sizes is None else make_mesh(**mesh_sizes)
     except ValueError as error:

@@ -47,7 +47,8 @@ REFUSED = {
     "no such axis": (("--prompt", "hi", "--mesh", "width=2"), "--mesh: 'width=2'"),
     "too few devices": (("--prompt", "hi", "--mesh", "fsdp=64"), "a mesh of fsdp=64 needs 64 devices"),
     "top-p of 2": (("--prompt", "hi", "--top-p", "2", "--temperature", "1"), "top_p = 2.0, expected a number from 0 to 1"),
-    "no new tokens": (("--prompt", "hi", "--max-new-tokens", "0"), "--max-new-tokens"),
+    "no new tokens": (("--prompt", "hi", "--max-new-tokens", "0"), "error: --max-new-tokens 0: expected at least 1"),
+    "an empty chunk": (("--prompt", "hi", "--prefill-chunk", "-3"), "error: --prefill-chunk -3: expected at least 1"),
     "unknown flag": (("--prompt", "hi", "--colour", "red"), "--colour"),
 }
 
