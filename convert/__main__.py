@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvlmoe_jax.command_line import Parser, print_error, printable
+from qvlmoe_jax.command_line import Parser, accept_any_text, print_error, printable
 from qvlmoe_jax.errors import QvlmoeError, UsageError
 
 
@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's error (one line on stderr), 130 interrupted."""
+    accept_any_text()
     try:
         args = build_parser().parse_args(argv)
         args.run(args)

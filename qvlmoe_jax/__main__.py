@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import time
@@ -12,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvlmoe_jax.command_line import Parser, print_error
+from qvlmoe_jax.command_line import Parser, accept_any_text, print_error
 from qvlmoe_jax.errors import QvlmoeError, UsageError
 
 if TYPE_CHECKING:
@@ -184,12 +183,17 @@ def _answer(chat: Chat, content: list[dict[str, Any]], arrays: Any, *, as_json: 
     show = (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True))
     with _within_memory("lower --max-new-tokens or --prefill-chunk, ask for less, or spread with --mesh"):
         answer = chat.ask(content, show, arrays)
-    print(json.dumps(_summary(answer), ensure_ascii=False) if as_json else "", flush=True)
+    print(_as_json(_summary(answer)) if as_json else "", flush=True)
     _note(
         f"read {answer.read_tokens} of {answer.prompt_tokens} prompt tokens, first token after "
         f"{answer.first_token_seconds:.2f} s; {len(answer.ids)} tokens, {answer.tokens_per_second:.1f} tokens/s"
         + (f"; {log}" if log.seconds > before else "")
     )
+
+
+def _as_json(summary: dict[str, Any]) -> str:
+    """Readable where stdout can show it; elsewhere JSON's own escapes, since those of the stream (`\\xfc`) would be no JSON."""
+    return json.dumps(summary, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
 
 
 def _summary(answer: Answer) -> dict[str, Any]:
@@ -206,9 +210,7 @@ def _summary(answer: Answer) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's error (one line on stderr), 130 interrupted."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal cannot show, a question what is no text
-            stream.reconfigure(errors=errors)
+    accept_any_text()
     try:
         args = build_parser().parse_args(argv)
         args.run(args)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from examples.tiny_checkpoint import write_checkpoint
 from qvlmoe_jax.command_line import print_error
+
+ROOT = Path(__file__).resolve().parent.parent
 
 MISTAKES = [
     ("convert", []),
@@ -32,3 +39,23 @@ def test_a_mistake_is_one_line_and_status_2(command: str, arguments: list[str], 
 def test_what_a_message_quotes_reaches_no_terminal_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     print_error(ValueError("a\nfile\x1b[2J and \udcff"))
     assert capsys.readouterr().err == "error: a file\\x1b[2J and \\udcff\n"
+
+
+def in_ascii(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python as a process of its own, on a terminal that shows ASCII only."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_name_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "\xfc")
+    result = in_ascii("-m", "convert", "inspect", str(tmp_path / "\xfc"))
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "\\xfc") in result.stdout
+
+
+@pytest.mark.parametrize("command", ["convert", "train", "qvlmoe_jax"])
+def test_each_command_prints_any_text(command: str) -> None:
+    result = in_ascii("-c", f"from {command}.__main__ import main; main(['--no-such']); print('\\xfc \\u732b \\udcff')")
+    assert (result.returncode, result.stdout) == (0, "\\xfc \\u732b \\udcff\n"), result.stderr

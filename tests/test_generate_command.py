@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from examples.tiny_checkpoint import write_checkpoint
-from qvlmoe_jax.__main__ import main, parse_mesh
+from qvlmoe_jax.__main__ import _as_json, main, parse_mesh
 from qvlmoe_jax.chat import TextStream, after
 from qvlmoe_jax.errors import ConfigError, UsageError
 from qvlmoe_jax.generation_config import GenerationConfig
@@ -85,6 +85,16 @@ def test_a_question_that_is_no_text_costs_that_question_only(
         assert "is not Unicode text" in capsys.readouterr().err
         assert sys.stdin.readline() == "a\udcffb\n", "read as far as that, and then refused"
         print("\N{REPLACEMENT CHARACTER}\N{CAT}")
+
+
+def test_an_answer_is_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, escaped in (("ascii", True), ("latin-1", True), ("utf8", False)):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            print(_as_json({"text": "\xfc \N{CAT}"}), flush=True)
+        line = stream.buffer.getvalue().decode(encoding)  # pyright: ignore[reportAttributeAccessIssue]
+        assert json.loads(line) == {"text": "\xfc \N{CAT}"} and line.isascii() == escaped
 
 
 def test_more_than_the_memory_holds_is_one_line(directory: Path) -> None:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvlmoe_jax.command_line import Parser, print_error
+from qvlmoe_jax.command_line import Parser, accept_any_text, print_error
 from qvlmoe_jax.errors import QvlmoeError, UsageError
 
 USAGE = """usage: python -m train CONFIG.yaml [--dotted.key value ...]     train, or go on where the run was stopped
@@ -126,6 +126,7 @@ def _among_others() -> bool:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    accept_any_text()
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain report each file there
