@@ -144,13 +144,47 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
     )
 
 
-@pytest.mark.parametrize("weight", [None, 1.0])
+@pytest.mark.parametrize("weight", [None, 2.0])
 def test_data_without_one_good_record_are_an_error_not_an_endless_search(folder: Path, weight: float | None) -> None:
     paths = [write_jsonl(folder / f"long{i}.jsonl", [text_record("long " * 200, "yes")] * (i + 1)) for i in range(2)]
     sources = tuple(SourceConfig(str(path), weight=weight) for path in paths)
     with contextlib.closing(open_data(dataclasses.replace(config(paths[0]), sources=sources))) as data:
-        with pytest.raises(TrainingError, match="3 records in a row are bad, .* more than sequence_length"):
+        enough = 5 if weight is None else 8  # of 3 records; of 1 and 2 in turn
+        with pytest.raises(TrainingError, match=f"^{enough} records in a row are bad.*long.*jsonl:.* more than sequence_length"):
             next(data)
+
+
+BROKEN = '{"broken'
+GOOD, LARGE = text_record("1", "yes"), picture_record("2", "no", *["good.png"] * 3)  # more frames than the vision rows hold
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes"),
+    [
+        ([text_record("1", "yes" * 20)] * 3 + [BROKEN], {}),  # the good ones soon fit nowhere and wait, with a bad one between
+        ([GOOD, LARGE, LARGE], {}),  # those that wait turn out to be bad, more of them than there are records
+        ([GOOD, BROKEN, BROKEN, BROKEN], {"shuffle": True}),  # an epoch ends with the bad ones, the next begins with them
+    ],
+    ids=["good ones wait", "bad ones wait", "bad ones of two epochs"],
+)
+def test_data_with_one_good_record_go_on(folder: Path, lines: list[Any], changes: dict[str, Any]) -> None:
+    path = write_jsonl(folder / "some.jsonl", lines)
+    settings = config(path, **{"shuffle": False, "batch_rows": 1, "vision_groups": 1, **changes})
+    with contextlib.closing(open_data(settings)) as data, contextlib.closing(open_data(settings)) as resumed:
+        batches = list(itertools.islice(data, 4))
+        resumed.set_state(json.loads(json.dumps(data.get_state())))
+        batches += itertools.islice(data, 20)
+        assert all(set(questions(batch)) == {"1"} for batch in batches)
+        assert same(list(itertools.islice(resumed, 20)), batches[4:])
+
+
+def test_one_good_source_of_a_mixture_is_enough(folder: Path) -> None:
+    """However rare it is: far more records in a row are bad than there are."""
+    paths = write_jsonl(folder / "rare.jsonl", [GOOD]), write_jsonl(folder / "common.jsonl", [BROKEN])
+    sources = tuple(SourceConfig(str(path), weight=weight) for path, weight in zip(paths, (1, 50), strict=True))
+    settings = dataclasses.replace(config(paths[0], vision_groups=1), sources=sources)
+    with contextlib.closing(open_data(settings)) as data:
+        assert set(questions(next(data))) == {"1"}
 
 
 def test_a_position_past_the_end_of_other_data_is_refused(folder: Path) -> None:

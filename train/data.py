@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,15 +52,15 @@ def make_data(
     if config.vision_rows and config.row_patches % unit:
         raise ConfigError(f"row_patches = {config.row_patches}, expected a multiple of spatial_merge_size^2 = {unit}")
     shares = Shares.whole(config.num_groups(1)) if shares is None else shares
-    records, epoch = _order(config, shares.num_groups)
+    records, enough = _order(config, shares.num_groups)
     documents = records.map(DocumentMaker(config, model_config, processor))
     group = _of_a_group(config, shares)
 
     def open_streams() -> grain.DatasetIterator[Batch]:
-        bad = _BadRecords(config.max_bad_records, epoch)
+        bad = _BadRecords(config.max_bad_records)
         threads = max(1, READ_THREADS // len(shares.held))
         packer = Packer(group, model_config.vision_config)  # holds one batch at a time
-        streams = {str(g): _Stream(documents[g :: shares.num_groups], group, packer, bad, threads) for g in shares.held}
+        streams = {str(g): _Stream(documents[g :: shares.num_groups], group, packer, bad, enough, threads) for g in shares.held}
         return _GroupsIterator(streams, bad)
 
     packed: grain.IterDataset[Batch] = _GroupsDataset(open_streams)
@@ -76,7 +77,8 @@ def _of_a_group(config: DataConfig, shares: Shares) -> DataConfig:
 
 
 def _order(config: DataConfig, num_groups: int) -> tuple[grain.MapDataset[Any], int]:
-    """The records in the order in which they are dealt to the groups, over all epochs; and how many an epoch has."""
+    """The records in the order in which they are dealt to the groups, over all epochs; and how many in a row surely hold every
+    record once."""
 
     def shuffled(records: Records, seed: int) -> grain.MapDataset[Any]:
         dataset = grain.MapDataset.source(records)
@@ -86,12 +88,13 @@ def _order(config: DataConfig, num_groups: int) -> tuple[grain.MapDataset[Any], 
         joined = shuffled(Records(config.sources, cache_dir=config.cache_dir), config.seed)
         if len(joined) < num_groups:
             raise ConfigError(f"{len(joined)} records for {num_groups} vision groups, expected at least one for each")
-        return joined.repeat(config.epochs), len(joined)
+        return joined.repeat(config.epochs), 2 * len(joined) - 1  # an epoch's good ones may be its first, the next one's its last
     # Repeating each source for itself, with a seed of its own, keeps the weights exact however different the sizes.
     parts = [Records([source], cache_dir=config.cache_dir) for source in config.sources]
     endless = [shuffled(part, config.seed + 7919 * i).repeat() for i, part in enumerate(parts)]
-    mixed = grain.MapDataset.mix(endless, weights=[source.weight for source in config.sources])  # pyright: ignore[reportArgumentType]
-    return mixed, sum(map(len, parts))
+    weights = [source.weight for source in config.sources if source.weight is not None]  # all of them have one
+    per_record = [len(part) / weight for part, weight in zip(parts, weights, strict=True)]
+    return grain.MapDataset.mix(endless, weights=weights), math.ceil(2 * sum(weights) * max(per_record))
 
 
 class GroupedData:
@@ -179,21 +182,17 @@ class _GroupsIterator(grain.DatasetIterator[Batch]):
 class _BadRecords:
     """Those that this process has met, in all its streams."""
 
-    def __init__(self, limit: int, epoch: int):
-        """
-        Args:
-          epoch: how many records are read before they repeat.
-        """
-        self._limit, self._epoch = limit, epoch
+    def __init__(self, limit: int):
+        self._limit = limit
         self.names: set[str] = set()
 
-    def count(self, own: dict[str, str], in_a_row: int, name: str, error: str) -> None:
+    def count(self, own: dict[str, str], name: str, error: str) -> None:
         """Counts a bad record once, however many epochs and streams meet it.
 
         Args:
-          own: the stream's, which gets it. in_a_row: how many documents of the stream were bad since its last good one.
+          own: the stream's, which gets it.
         Raises:
-          TrainingError: too many, or nothing else to be found.
+          TrainingError: too many.
         """
         own.setdefault(name, error)  # also where another stream has met it: what a stream keeps is its own, whoever is beside it
         if name not in self.names:
@@ -204,23 +203,28 @@ class _BadRecords:
                 raise TrainingError(
                     f"{len(self.names)} bad records, more than max_bad_records = {self._limit}. The last: {newest}"
                 )
-        if in_a_row >= self._epoch:  # else an endless repetition would be searched for a good one, endlessly
-            raise TrainingError(f"{in_a_row} records in a row are bad, as many as there are. The last: {name} {error}")
 
 
 class _Stream:
     """One group's documents, read in order and packed. Positions count its documents since the first epoch's start."""
 
     def __init__(
-        self, documents: grain.MapDataset[Document], config: DataConfig, packer: Packer, bad: _BadRecords, threads: int
+        self,
+        documents: grain.MapDataset[Document],
+        config: DataConfig,
+        packer: Packer,
+        bad: _BadRecords,
+        enough: int,
+        threads: int,
     ):
         """
         Args:
-          config: with the sizes and workers of this stream alone. threads: that read and decode where there are no workers.
+          config: with the sizes and workers of this stream alone. enough: so many bad records in a row end the search for a good
+            one. threads: that read and decode where there are no workers.
         """
         self.packer = packer
-        self._documents, self._config, self._all_bad, self._threads = documents, config, bad, threads
-        self._next = self._bad_in_a_row = 0
+        self._documents, self._config, self._all_bad, self._enough, self._threads = documents, config, bad, enough, threads
+        self._next = 0
         self._waiting: list[tuple[int, Document]] = []  # documents that the last batch had no room for, in order
         self._bad: dict[str, str] = {}
         self._reader: grain.DatasetIterator[Document] | None = None
@@ -230,29 +234,31 @@ class _Stream:
         waiting, self._waiting = self._waiting, []
         for position, document in waiting:
             self._place(position, document)
+        bad_in_a_row = 0  # of those read for this batch: its last one is good or the data's end, so the next has none to add to
         while not self.packer.full and len(self._waiting) <= self._config.lookahead:
             document = next(self._open_reader(), None)
             if document is None:
                 break
             position, self._next = self._next, self._next + 1
-            if document["error"] is None:
-                self._place(position, document)
-            else:
-                self._count(document["name"], document["error"])
+            error = self._place(position, document)
+            bad_in_a_row = 0 if error is None else bad_in_a_row + 1
+            if bad_in_a_row >= self._enough:  # else an endless repetition would be searched endlessly
+                raise TrainingError(f"{bad_in_a_row} records in a row are bad. The last: {document['name']} {error}")
         return not self.packer.empty
 
-    def _place(self, position: int, document: Document) -> None:
-        if self.packer.add(document):
-            self._bad_in_a_row = 0
-        elif self.packer.empty:  # more frames than a group's rows hold, although each is small enough
+    def _place(self, position: int, document: Document) -> str | None:
+        """Packs a good document or lets it wait. Counts a bad one, and returns what is wrong with it."""
+        error = document["error"]
+        if error is None and not self.packer.add(document):
+            if not self.packer.empty:
+                self._waiting.append((position, document))
+                return None
+            # More frames than a group's rows hold, although each is small enough.
             rows = f"{self._config.vision_rows} rows of {self._config.row_patches} patches"
-            self._count(document["name"], f"has more frames than a vision group of {rows} holds")
-        else:
-            self._waiting.append((position, document))
-
-    def _count(self, name: str, error: str) -> None:
-        self._bad_in_a_row += 1
-        self._all_bad.count(self._bad, self._bad_in_a_row, name, error)
+            error = f"has more frames than a vision group of {rows} holds"
+        if error is not None:
+            self._all_bad.count(self._bad, document["name"], error)
+        return error
 
     def _open_reader(self) -> grain.DatasetIterator[Document]:
         if self._reader is None:
