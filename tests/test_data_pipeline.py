@@ -353,6 +353,21 @@ def test_control_tokens_in_the_text_are_refused(folder: Path) -> None:
     assert maker(RawRecord("r:1", "", "auto", text_record("a <| b |> <im_start>", "b")))["error"] is None
 
 
+def test_what_is_said_of_a_bad_record_can_be_written() -> None:
+    """Half a surrogate pair, which JSON may hold, is no UTF-8: the log and the checkpoint would fail."""
+    maker = DocumentMaker(config(Path("unused.jsonl")), MODEL_CONFIG, processor())
+    error = maker(RawRecord("r:1", "", "auto", rb'{"\ud800": 1}'))["error"]
+    assert error.encode() == rb"has the keys \ud800, expected messages or conversations"
+
+
+def test_a_fault_of_the_program_names_the_record_and_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = DocumentMaker(config(Path("unused.jsonl")), MODEL_CONFIG, processor())
+    monkeypatch.setattr("train.documents.assistant_labels", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        maker(RawRecord("r.jsonl:7", "", "auto", text_record("a", "b")))
+    assert caught.value.__notes__ == ["while reading the record r.jsonl:7"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

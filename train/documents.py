@@ -39,7 +39,10 @@ class DocumentMaker:
             _refuse_control_tokens(messages)
             return {"name": record.name, "error": None, **self._encode(load_media(messages, record.root))}
         except (RecordError, QvlmoeError) as error:
-            return {"name": record.name, "error": " ".join(str(error).split())}
+            return {"name": record.name, "error": _one_line(error)}
+        except Exception as error:  # a fault of this program: to skip the record would hide it
+            error.add_note(f"while reading the record {record.name}")
+            raise
 
     def _encode(self, messages: list[Message]) -> Document:
         config, vision = self._config, self._model_config.vision_config
@@ -75,6 +78,11 @@ class DocumentMaker:
             "frame_sizes": np.array([(f.height, f.width) for f in frames], np.int32).reshape(-1, 2),
             "pixel_values": np.concatenate(patches).astype(np.float32),
         }
+
+
+def _one_line(error: Exception) -> str:
+    """Text for the log and the checkpoint, which are UTF-8: half a surrogate pair, which JSON may hold, becomes an escape."""
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
 
 
 def _refuse_control_tokens(messages: list[Message]) -> None:

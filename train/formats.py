@@ -94,7 +94,7 @@ def _turn(turn: Any, index: int, pools: Mapping[str, Iterator[Any]]) -> Message:
         raise RecordError(f"turn {index} is {_short(turn)}, expected an object")
     role = turn.get("role") if turn.get("role") is not None else turn.get("from")
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RecordError(f"turn {index} has the role {_short(role)}, expected one of {', '.join(sorted(ROLES))}")
     if turn.get("tool_calls"):
         raise RecordError(f"turn {index} has tool_calls, which are not supported in training data")
@@ -142,7 +142,7 @@ def _item(part: Any, index: int, pools: Mapping[str, Iterator[Any]]) -> Iterator
             raise RecordError(f"turn {index} has a text item with {_short(part.get('text'))}, expected text")
         yield {"type": "text", "text": part["text"]}
         return
-    medium = _ITEM_KINDS.get(kind or "")
+    medium = _ITEM_KINDS.get(kind) if isinstance(kind, str) else None
     if medium is None:
         raise RecordError(f"turn {index} has a content item of type {_short(kind)}, expected text, image, image_url or video")
     given = next((part[key] for key in (f"{medium}_url", medium, "url", "path", "base64") if part.get(key) is not None), None)

@@ -69,10 +69,13 @@ def _decode_data_uri(uri: str) -> bytes:
 
 
 def _local(given: str, root: str) -> Path:
-    scheme = urllib.parse.urlsplit(given).scheme if "://" in given else ""
-    if scheme == "file":
-        given = urllib.parse.unquote(urllib.parse.urlsplit(given).path)
-    elif scheme:
+    try:
+        url = urllib.parse.urlsplit(given if "://" in given else "")
+    except ValueError as error:
+        raise RecordError(f"points to {given[:80]!r}, which is no URL ({error}), expected a local file") from None
+    if url.scheme == "file":
+        given = urllib.parse.unquote(url.path)
+    elif url.scheme:
         raise RecordError(f"points to {given[:80]!r}, expected a local file: download the media first")
     path = Path(root, given)
     try:
