@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,19 @@ from qvlmoe_jax.errors import MediaError
 from qvlmoe_jax.sources import FetchLimits, name_of, open_source
 
 _VECTOR_FORMATS = ("EPS", "WMF")  # Pillow runs other programs to draw them
+_DAMAGED = (  # what Pillow's readers raise on damaged files: each format's has its own
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
 _OPENING = threading.Lock()
 
 
@@ -46,7 +60,7 @@ def load_image(source: Any, limits: FetchLimits | None = None) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise MediaError(f"{name} has no format that Pillow knows, expected PNG, JPEG, WebP, GIF, TIFF or BMP") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _DAMAGED as error:
         if isinstance(error, MediaError):
             raise
         raise MediaError(f"{name} cannot be decoded: {error}; expected a whole, undamaged picture") from error
@@ -96,7 +110,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise MediaError(f"{name} is {image.width} x {image.height} pixels, expected at least 1 x 1")
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _DAMAGED as error:
         raise MediaError(f"{name} cannot be decoded: {error}; expected a whole, undamaged picture") from error
     image = _upright(image)
     if image.mode.startswith("I"):

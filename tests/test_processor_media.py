@@ -304,6 +304,13 @@ class TestDamage:
         with Image.open(io.BytesIO(whole[: len(whole) // 2])) as image, pytest.raises(MediaError, match="cannot be decoded"):
             load_image(image)
 
+    def test_a_reader_that_raises_what_it_likes(self) -> None:
+        """Pillow's reader of this format has NotImplementedError for it, that of AVIF RuntimeError, others AttributeError."""
+        damaged = bytearray(encoded(picture(8, 8), "DDS"))
+        damaged[80] = 0
+        with pytest.raises(MediaError, match="^the picture cannot be decoded: Unknown pixel format flags 0; expected"):
+            load_image(bytes(damaged))
+
     def test_decompression_bomb(self) -> None:
         """A few bytes that claim 12000 x 12000 (above Pillow's warning) and 60000 x 60000 (above its error) pixels."""
         for side in (12000, 60000):
