@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.images import load_image
 from tests.data_cases import data_uri, picture, picture_record, png, text_record, write_jsonl
 from train.data_config import SourceConfig
 from train.formats import RecordError, to_messages
@@ -185,6 +188,35 @@ def test_pictures_from_everywhere_are_the_same(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(loaded[0]["content"][0]["image"]), np.asarray(picture(1))), source
 
 
+def special_pictures() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+    """By file name, with options for saving: what a bare `convert("RGB")` would show otherwise."""
+    levels = np.random.default_rng(0).integers(0, 256, (48, 64, 4), np.uint8)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    return {
+        "alpha.png": (Image.fromarray(levels), {}),
+        "grey.png": (Image.fromarray(levels[..., 0].astype(np.uint16) * 257), {}),
+        "palette.png": (Image.fromarray(levels[..., :3]).quantize(16), {"transparency": 3}),
+        "turned.jpg": (Image.fromarray(levels[..., :3]), {"exif": turned}),
+        "turned.png": (Image.fromarray(levels), {"exif": turned}),
+        "turned.webp": (Image.fromarray(levels), {"exif": turned}),
+    }
+
+
+@pytest.mark.parametrize("name", special_pictures())
+def test_training_sees_the_pixels_that_inference_sees(tmp_path: Path, name: str) -> None:
+    image, options = special_pictures()[name]
+    path = tmp_path / name
+    image.save(path, **options)
+    content = path.read_bytes()
+    uri = "data:;base64," + base64.b64encode(content).decode()
+    with Image.open(path) as opened:
+        for given in (name, content, uri, {"bytes": content, "path": None}, opened):
+            (message,) = load_media([{"role": "user", "content": [{"type": "image", "image": given}]}], str(tmp_path))
+            seen = load_image(message["content"][0]["image"])  # what the processor does with it
+            assert np.array_equal(np.asarray(seen), np.asarray(load_image(path)))
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -194,9 +226,11 @@ def test_pictures_from_everywhere_are_the_same(tmp_path: Path) -> None:
         ("https://example.com/a.png", "expected a local file"),
         ("http://[::1", "is no URL .*, expected a local file"),
         ("file://[abc/x.png", "is no URL .*, expected a local file"),
-        ("broken.png", "cannot be decoded"),
-        (png(1)[:200], "cannot be decoded"),
-        (b"", "cannot be decoded"),
+        ("broken.png", "cannot be used: /.*/broken.png has no format"),
+        ("drawing.eps", r"cannot be used: /.*/drawing.eps is a drawing \(EPS\)"),
+        (png(1)[:200], "cannot be used: the picture cannot be decoded"),
+        (b"", "cannot be used: the picture has no format"),
+        (Image.new("F", (8, 8)), "cannot be used: the picture holds floating-point pixels"),
         ("data:image/png;base64,@@@", "not base64"),
         ("data:image/png,abc", "expected data:TYPE;base64,DATA"),
         (3, "given as int"),
@@ -205,6 +239,7 @@ def test_pictures_from_everywhere_are_the_same(tmp_path: Path) -> None:
 )
 def test_bad_pictures_say_what_is_wrong(source: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    picture(1).save(tmp_path / "drawing.eps")
     with pytest.raises(RecordError, match=message):
         load_media([{"role": "user", "content": [{"type": "image", "image": source}]}], str(tmp_path))
 

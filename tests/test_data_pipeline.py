@@ -49,7 +49,7 @@ REASONS = [
     "has the role 'robot'",
     "no assistant turn",
     "does not exist",
-    "cannot be decoded",
+    "cannot be used: the picture has no format",
     "asks for more images",
     "more than sequence_length = 96",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from qvlmoe_jax.errors import MediaError
+from qvlmoe_jax.images import load_image
 from train.formats import Message, RecordError
 
 
@@ -34,28 +35,17 @@ def _load(item: dict[str, Any], root: str) -> dict[str, Any]:
 
 
 def load_picture(given: Any, root: str) -> Image.Image:
-    """A decoded RGB picture from a path (relative to `root`), a file or data URI, bytes, or HF's `{"bytes", "path"}`."""
+    """RGB, as inference sees it, from a path (relative to `root`), a file or data URI, bytes, or HF's `{"bytes", "path"}`."""
     if isinstance(given, dict):  # how HF datasets stores a picture in Parquet
         given = given.get("bytes") if given.get("bytes") is not None else given.get("path")
-    if isinstance(given, Image.Image):
-        return given.convert("RGB")
-    if isinstance(given, str) and given.startswith("data:"):
-        source: Any = io.BytesIO(_decode_data_uri(given))
-        name = "a data URI"
-    elif isinstance(given, bytes):
-        source, name = io.BytesIO(given), "bytes"
-    elif isinstance(given, str):
-        source = name = _local(given, root)
-    else:
+    if isinstance(given, str):
+        given = _decode_data_uri(given) if given.startswith("data:") else _local(given, root)
+    elif not isinstance(given, bytes | Image.Image):
         raise RecordError(f"has a picture given as {type(given).__name__}, expected a path, a data URI or bytes")
     try:
-        with Image.open(source) as picture:
-            return picture.convert("RGB")
-    except UnidentifiedImageError:
-        raise RecordError(f"has a picture that cannot be decoded ({name}): no picture format") from None
-    # Pillow raises nearly anything on damaged files: OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError.
-    except Exception as error:
-        raise RecordError(f"has a picture that cannot be decoded ({name}): {error}") from None
+        return load_image(given)
+    except MediaError as error:
+        raise RecordError(f"has a picture that cannot be used: {error}") from None
 
 
 def _decode_data_uri(uri: str) -> bytes:
