@@ -273,11 +273,27 @@ def test_lines_are_numbered_and_blank_ones_are_no_records(tmp_path: Path) -> Non
     assert [json.loads(text)["a"] for text in texts if isinstance(text, bytes)] == [1, 2, 1, 2]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 22])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b" " * 40])
+def test_lines_of_any_length_may_be_blank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, end: bytes) -> None:
+    """However the file is cut into chunks."""
+    monkeypatch.setattr("train.records._CHUNK", chunk)
+    path = tmp_path / "r.jsonl"
+    content = b"\n".join([b'{"a": 1}', b" " * 40, b"\t\r", b'   {"a": 2}', b"", b'{"a": 3}' + end])
+    path.write_bytes(content)
+    records = Records([SourceConfig(str(path))])
+    expected = [(f"{path}:{i + 1}", line) for i, line in enumerate(content.split(b"\n")) if line.strip()]
+    assert [(records[i].name, records[i].payload) for i in range(len(records))] == expected
+    assert len(expected) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("r.csv", b"a,b", "ends in '.csv'"),
         ("r.jsonl", b"\n\n", "holds no records"),
+        ("r.jsonl", b"", "holds no records"),
+        ("r.jsonl", b" " * 40, "holds no records"),
         ("r.json", b'{"a": 1}', "does not begin with"),
         ("r.json", b'[{"a": 1}, {"a": ]', "no valid JSON at byte"),
         ("r.json", b'[{"a": 1}', "no valid JSON at byte"),

@@ -118,22 +118,32 @@ class _JsonLines(_Spans):
     """One JSON object a line, numbered by line from 1; blank lines are no records."""
 
     def __init__(self, path: Path):
-        breaks, at, blank = [], 0, []
+        starts, ends, white = _lines(path)
+        record = np.ones(len(starts), bool)
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                codes = np.frombuffer(chunk, np.uint8)
-                breaks.append(np.flatnonzero(codes == ord("\n")) + at)
-                at += len(chunk)
-        ends = np.concatenate([*breaks, [at]]).astype(np.int64)
-        starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
-        short = np.flatnonzero(ends - starts < 16)  # only these can be blank, and few are
-        with path.open("rb") as file:
-            for i in short:
+            for i in np.flatnonzero(white):  # only these can be blank, and few are
                 file.seek(int(starts[i]))
-                if not file.read(int(ends[i] - starts[i])).strip():
-                    blank.append(i)
-        keep = np.delete(np.arange(len(starts)), blank)
+                record[i] = bool(file.read(int(ends[i] - starts[i])).strip())
+        keep = np.flatnonzero(record)
         super().__init__(path, starts[keep], ends[keep], keep + 1)
+
+
+def _lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each line: where it starts, where it ends (its line break not included), and whether it is empty or starts with white
+    space."""
+    is_white = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
+    starts, white = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
+    size, last = 0, b"\n"  # a line starts after a line break, and at the file's start
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            codes = np.frombuffer(last + chunk, np.uint8)
+            first = np.flatnonzero(codes[:-1] == ord("\n")) + 1
+            starts.append(first + (size - 1))
+            white.append(is_white[codes[first]])
+            size, last = size + len(chunk), chunk[-1:]
+    start = np.concatenate(starts)
+    end_of_last = size - 1 if last == b"\n" else size
+    return start, np.append(start[1:] - 1, end_of_last)[: len(start)], np.concatenate(white)
 
 
 class _JsonList(_Spans):
