@@ -202,6 +202,28 @@ def start_fails(place: Place, run: Path, *more: str) -> list[pod.Child]:
         return children
 
 
+@pytest.mark.slow
+def test_data_that_end_early_are_saved_by_all_processes(place: Place, tmp_path: Path) -> None:
+    more = [*TWO, "--steps", "99", "--data.epochs", "1", "--checkpoint.every", "0"]
+    children = start_fails(place, tmp_path / "run", *more)
+    (done,) = Checkpoints(tmp_path / "run", CheckpointConfig()).steps()
+    for child in children:
+        assert f"the data ended after {done} of 99 steps; saved step {done} of 99 in" in child.errors
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, done + 1))
+    place.run(tmp_path / "run", *more, "--data.epochs", "2", "--steps", str(done + 1), processes=2, devices=1)
+
+
+@pytest.mark.slow
+def test_bad_records_of_one_process_save_the_steps_of_all(place: Place, tmp_path: Path) -> None:
+    more = [*TWO, "--steps", "99", "--data.shuffle", "false", "--data.lookahead", "0", "--checkpoint.every", "0"]
+    children = start_fails(place, tmp_path / "run", *more, "--data.max_bad_records", "1")
+    (done,) = Checkpoints(tmp_path / "run", CheckpointConfig()).steps()
+    for child in children:
+        assert "2 bad records, more than max_bad_records = 1" in child.errors
+    assert f"saved step {done} of 99" in children[0].errors
+    place.run(tmp_path / "run", *more, "--steps", str(done + 1), processes=2, devices=1)
+
+
 def test_what_is_wrong_is_said_by_every_process_in_a_line(place: Place, tmp_path: Path) -> None:
     for child in start_fails(place, tmp_path / "run", "--mesh.fsdp", "4"):
         assert "error: mesh has 8 devices, and the 2 processes have 2; expected mesh sizes whose product is 2" in child.errors
@@ -209,5 +231,3 @@ def test_what_is_wrong_is_said_by_every_process_in_a_line(place: Place, tmp_path
     (tmp_path / "other" / "thesis.tex").touch()
     for child in start_fails(place, tmp_path / "other", *TWO):
         assert "is not empty and no training run" in child.errors
-
-

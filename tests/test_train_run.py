@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import pytest
 
 from qvlmoe_jax import Batch
 from qvlmoe_jax.errors import ConfigError
-from tests import tiny, training
+from tests import pod, tiny, training
 from train import loop
-from train.config import load_config
+from train.checkpoints import Checkpoints
+from train.config import CheckpointConfig, TrainConfig, load_config
 from train.errors import TrainingError
 from train.feed import WholeBatches
+from train.metrics import read_metrics
 from train.run_files import only_writer, start_run
 
 MODEL = tiny.variant(
@@ -124,3 +126,57 @@ def test_bad_steps_are_counted_between_the_lines(tmp_path: Path, model: Path) ->
     config = training.make_config(tmp_path / "run", model, steps=1000, max_bad_steps=2, **changes)
     with pytest.raises(TrainingError, match=r"^2 steps in a row had .* around step [3-9]$"):
         loop.train(config, data=training.ListData(training.mixed_batches(MODEL, 4)))
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A run of 50 steps with data for some 12: one epoch of 41 records, number 41 a bad one. Arguments change it."""
+    data = {"epochs": 1, "accumulation": 1, "shuffle": False, "lookahead": 0, "prefetch": 0}
+    changes: dict[str, Any] = {"mesh": {"fsdp": 1, "expert": 1}, "checkpoint": {"every": 0}, "metrics": {"every": 1000}}
+    file = pod.write_run(tmp_path, steps=50, records=40, data=data, **changes)
+    return lambda *arguments: load_config(file, arguments)
+
+
+def saved(config: TrainConfig) -> list[int]:
+    return Checkpoints(config.run, CheckpointConfig()).steps()
+
+
+@pytest.mark.slow
+def test_data_that_end_early_cost_no_step(short: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(TrainingError) as error:
+        loop.train(short())
+    (done,) = saved(short())
+    kept = f"saved step {done} of 50 in {Path(short().run) / 'checkpoints' / str(done)}"
+    assert 0 < done < 25 and str(error.value) == (
+        f"the data ended after {done} of 50 steps; {kept}, and the same command with data.epochs above 1 goes on from there; "
+        f"lower steps to {done} to end the run there"
+    )
+    with pytest.raises(TrainingError, match=f"the data ended after {done} of 50 steps; saved step {done} of 50"):
+        loop.train(short())  # nothing is left, and nothing is lost
+    with pytest.raises(TrainingError, match="data.epochs above 2"):
+        loop.train(short("--data.epochs", "2"))
+    assert saved(short()) == [done, 2 * done]  # the second epoch alone, in batches like the first's
+    assert [line["step"] for line in read_metrics(short().run)] == [done, 2 * done]
+    assert int(loop.train(short("--data.epochs", "2", "--steps", str(2 * done))).step) == 2 * done
+
+
+@pytest.mark.slow
+def test_data_that_fail_cost_no_step(short: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture) -> None:
+    strict = short("--data.max_bad_records", "0")
+    with pytest.raises(TrainingError, match="^1 bad records, more than max_bad_records = 0"):
+        loop.train(strict)
+    (done,) = saved(strict)
+    assert f"the data failed: saved step {done} of 50 in {strict.run}/checkpoints/{done}; the same command" in caplog.text
+    state = loop.train(short("--data.max_bad_records", "1", "--steps", str(done + 1)))
+    assert int(state.step) == done + 1
+
+
+@pytest.mark.slow
+def test_batches_given_that_end_early_are_promised_nothing(tmp_path: Path, model: Path) -> None:
+    batches = training.mixed_batches(MODEL, 2)
+    config = training.make_config(tmp_path / "run", model)
+    with pytest.raises(TrainingError, match="the data ended before the first step, expected at least one batch"):
+        loop.train(config, data=iter(()))
+    with pytest.raises(TrainingError, match="the data ended after 2 of 6 steps; saved step 2 of 6 in .*/2; lower steps to 2"):
+        loop.train(config, data=iter(batches))
+    assert saved(config) == [2]

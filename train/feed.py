@@ -243,11 +243,11 @@ class Feed:
     leaving), or when reading fails in any (its error, in the others a TrainingError of its words).
 
     Attributes:
-      waited: the time the loop stood still for data here, in seconds.
+      waited: the time the loop stood still for data here, in seconds. failed: reading failed in some process, and all know.
     """
 
     def __init__(self, data: Data, *, mesh: Mesh | None = None, ahead: int = 2, stop: Callable[[], bool] = lambda: False):
-        self.waited = 0.0
+        self.waited, self.failed = 0.0, False
         self._asked = stop
         self._data, self._mesh = data, mesh
         self._state = data.get_state()  # after the last batch
@@ -269,6 +269,7 @@ class Feed:
         everyone = processes.exchange(own)
         if _FAILED in everyone:
             words = processes.gather(str(item) if own == _FAILED else None)
+            self.failed = True
             raise item if own == _FAILED else TrainingError(next(w for w in words if w is not None))  # pyright: ignore[reportGeneralTypeIssues]
         if _STOPPED in everyone:
             raise Interrupted

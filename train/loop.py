@@ -274,6 +274,11 @@ def train(
             metrics.write("train", done, values, show=SHOWN)
             _check_bad_steps(config, done, values)
 
+        def keep(done: int) -> str | None:
+            if interval.metrics:
+                log_interval(done)
+            return _keep(checkpoints, done, config, state, fed)
+
         interval, compiled, fed = Interval(), None, None
         for number in range(start, config.steps):
             if config.profile is not None and number == min(start + 3, config.steps - 1):
@@ -282,14 +287,18 @@ def train(
             try:
                 ahead = next(feed)
             except StopIteration:
-                raise TrainingError(
-                    f"the data ended after {number} of {config.steps} steps; lower steps or let the data repeat"
-                ) from None
+                raise _ended(config, number, keep(number), own_data=data is None) from None
             except Interrupted:
-                if interval.metrics:
-                    log_interval(number)
-                _save_and_leave(checkpoints, number, config, state, fed)
+                saved = keep(number) or "no step to save yet"
+                if processes.is_first():
+                    print(f"SIGTERM: {saved}; the same command goes on from there", flush=True)
                 return state
+            except Exception:
+                # Where reading failed all processes are here. Where another one died this one is alone, and must not wait for it.
+                saved = keep(number) if feed.failed else None
+                if saved is not None and processes.is_first():
+                    log.warning("the data failed: %s; the same command goes on from there once the cause is mended", saved)
+                raise
             fed = ahead
             if interval.metrics:  # at most one step is in flight behind the one that starts
                 jax.block_until_ready(interval.metrics[-1]["loss"])
@@ -337,15 +346,32 @@ def _open_run(config: TrainConfig, stack: contextlib.ExitStack) -> None:
     processes.by_first(start)
 
 
-def _save_and_leave(checkpoints: Checkpoints, done: int, config: TrainConfig, state: TrainState, fed: Fed | None) -> None:
-    """The end of a run that SIGTERM stops after `done` steps, of which this process took the one fed by `fed`, or none."""
+def _keep(checkpoints: Checkpoints, done: int, config: TrainConfig, state: TrainState, fed: Fed | None) -> str | None:
+    """Saves a run that ends early, after `done` steps, of which this process took the one fed by `fed`, or none. A collective.
+
+    Returns:
+      where it is saved, for a message; None where there is no step to save yet.
+    """
     checkpoints.wait()
     if fed is not None and done not in processes.gather(checkpoints.steps())[0]:
         checkpoints.save(done, state, {"data": _streams(fed)})
         checkpoints.wait()
-    if processes.is_first():
-        what = f"saved step {done} of {config.steps}" if done in checkpoints.steps() else "no step to save yet"
-        print(f"SIGTERM: {what}; the same command goes on from there", flush=True)
+    kept = processes.gather(checkpoints.steps())[0]  # and so no process leaves while another still writes
+    return f"saved step {done} of {config.steps} in {checkpoints.directory / str(done)}" if done in kept else None
+
+
+def _ended(config: TrainConfig, done: int, saved: str | None, *, own_data: bool) -> TrainingError:
+    """The error of data that end before the run does.
+
+    Args:
+      saved: of `_keep`. own_data: they are those of `config.data`, whose streams go on when there are more epochs.
+    """
+    if saved is None:
+        return TrainingError("the data ended before the first step, expected at least one batch")
+    more = f", and the same command with data.epochs above {config.data.epochs} goes on from there" if own_data else ""
+    return TrainingError(
+        f"the data ended after {done} of {config.steps} steps; {saved}{more}; lower steps to {done} to end the run there"
+    )
 
 
 def _check_bad_steps(config: TrainConfig, done: int, values: Mapping[str, Any]) -> None:
