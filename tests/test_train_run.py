@@ -128,6 +128,13 @@ def test_bad_steps_are_counted_between_the_lines(tmp_path: Path, model: Path) ->
         loop.train(config, data=training.ListData(training.mixed_batches(MODEL, 4)))
 
 
+def test_mfu_is_of_the_devices_that_the_run_uses(tmp_path: Path, model: Path) -> None:
+    for mesh, used in (({}, 1), ({"fsdp": 2}, 2)):
+        config = training.make_config(tmp_path / "run", model, mesh=mesh, metrics={"peak_tflops": 3.0})
+        assert loop._peak_flops(config, loop.open_mesh(config)) == used * 3e12
+    assert loop._peak_flops(training.make_config(tmp_path / "run", model), None) is None  # of a CPU
+
+
 @pytest.fixture
 def short(tmp_path: Path) -> Callable[..., TrainConfig]:
     """A run of 50 steps with data for some 12: one epoch of 41 records, number 41 a bad one. Arguments change it."""

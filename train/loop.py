@@ -262,8 +262,7 @@ def train(
         feed = Feed(source, mesh=mesh, stop=lambda: interrupt.asked)
         stack.callback(feed.close)
         stack.enter_context(interrupt.listening())
-        peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0].device_kind)
-        peak_flops = None if peak is None else peak * 1e12 * jax.device_count()
+        peak_flops = _peak_flops(config, mesh)
 
         trained, frozen = (jax.tree.map(jax.typeof, part) for part in (state.params, state.frozen))
 
@@ -344,6 +343,12 @@ def _open_run(config: TrainConfig, stack: contextlib.ExitStack) -> None:
             log.warning("resuming with another config: %s", line)
 
     processes.by_first(start)
+
+
+def _peak_flops(config: TrainConfig, mesh: Mesh | None) -> float | None:
+    """FLOP/s of the devices that the run uses, which may be fewer than there are; None where their kind is not known."""
+    peak = config.metrics.peak_tflops or peak_tflops(jax.devices()[0].device_kind)
+    return None if peak is None else peak * 1e12 * (1 if mesh is None else mesh.size)
 
 
 def _keep(checkpoints: Checkpoints, done: int, config: TrainConfig, state: TrainState, fed: Fed | None) -> str | None:
