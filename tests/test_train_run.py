@@ -135,6 +135,15 @@ def test_mfu_is_of_the_devices_that_the_run_uses(tmp_path: Path, model: Path) ->
     assert loop._peak_flops(training.make_config(tmp_path / "run", model), None) is None  # of a CPU
 
 
+def test_an_interval_without_a_target_token_has_its_figures() -> None:
+    figures = dict.fromkeys(("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "bad_steps", "bad_in_a_row"), 0.0)
+    empty = {**figures, "tokens": 0.0, "accuracy": 0.0, "router_z_loss": None, "router": None, "router_bias": None}
+    values = loop.Interval(metrics=[empty, {**empty, "aux_loss": 2.0}]).summary(0.0, lambda counts: 0.0, None)
+    assert (values["tokens"], values["loss"], values["aux_loss"]) == (0.0, 0.0, 1.0)
+    weighted = loop.Interval(metrics=[empty, {**empty, "aux_loss": 2.0, "tokens": 5.0}]).summary(0.0, lambda counts: 0.0, None)
+    assert (weighted["tokens"], weighted["aux_loss"]) == (5.0, 2.0)
+
+
 @pytest.fixture
 def short(tmp_path: Path) -> Callable[..., TrainConfig]:
     """A run of 50 steps with data for some 12: one epoch of 41 records, number 41 a bad one. Arguments change it."""

@@ -100,9 +100,10 @@ class Interval:
         waited = max(own.pop("waited") for own in said)
         counts = sum((Counts(**own) for own in said), Counts())
         tokens = np.array([step["tokens"] for step in steps], np.float64)
+        weights = tokens if tokens.any() else None  # without a target token all steps count alike
         last = steps[-1]
         means = {
-            key: None if last[key] is None else float(np.average([float(step[key]) for step in steps], weights=tokens))
+            key: None if last[key] is None else float(np.average([float(step[key]) for step in steps], weights=weights))
             for key in ("loss", "aux_loss", "z_loss", "router_z_loss", "accuracy")
         }
         routers = [step["router"] for step in steps if step["router"] is not None]
