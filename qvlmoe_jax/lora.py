@@ -62,8 +62,8 @@ class LoraConfig:
     base_quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0:
-            raise ConfigError(f"rank = {self.rank}, alpha = {self.alpha}, expected more than 0")
+        if self.rank < 1 or not 0 < self.alpha < math.inf:
+            raise ConfigError(f"rank = {self.rank}, alpha = {self.alpha}, expected finite numbers more than 0")
         if self.base_quantization not in (None, "int8", "nf4"):
             raise ConfigError(f"base_quantization = {self.base_quantization!r}, expected int8, nf4 or null")
 

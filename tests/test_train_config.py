@@ -83,6 +83,27 @@ def test_a_saved_config_reads_back_the_same(tmp_path: Path) -> None:
         (["--steps"], "--steps has no value"),
         (["steps", "3"], "'steps' on the command line, expected --dotted.key value"),
         (["--steps", "[1"], "--steps: not YAML"),
+        (
+            ["--run", "2024-13-45"],
+            "--run: holds a value that YAML takes for a date, a number or a tag but cannot read (month",
+        ),
+        (["--run", "!!bool x"], "but cannot read ('x'); expected text such as '2024-13-45' in quotes"),
+        (["--run", "!!timestamp x"], "--run: holds a value that YAML takes for a date"),
+        (["--run", "[" * 3000], "--run: nested too deeply"),
+        (["--steps", "1" * 400], "expected a whole number"),
+        (["--seed", "18446744073709551616"], "seed = 18446744073709551616, expected 0 .. 2^63 - 1"),
+        (["--seed", "-1"], "seed = -1, expected 0 .. 2^63 - 1"),
+        (["--optimizer.b1", "1"], "optimizer: b1 = 1.0, expected at least 0 and less than 1"),
+        (["--optimizer.b2=-0.1"], "optimizer: b2 = -0.1, expected at least 0 and less than 1"),
+        (["--optimizer.b2", "nan"], "optimizer: b2 = nan, expected at least 0 and less than 1"),
+        (["--schedule.final_fraction", "1.5"], "schedule: final_fraction = 1.5, expected at most 1"),
+        (["--optimizer.learning_rate", ".inf"], "optimizer: learning_rate = inf, expected a finite number"),
+        (["--optimizer.learning_rate", ".nan"], "optimizer: learning_rate = nan, expected 0 or more"),
+        (["--optimizer.clip_norm", "inf"], "optimizer: clip_norm = inf, expected a finite number"),
+        (["--loss.z_loss", ".inf"], "loss: z_loss = inf, expected a finite number"),
+        (["--router.bias_update_rate", ".inf"], "router: bias_update_rate = inf, expected a finite number"),
+        (["--metrics.peak_tflops", ".inf"], "metrics: peak_tflops = inf, expected a finite number"),
+        (["--lora.alpha", ".inf"], "lora: rank = 16, alpha = inf, expected finite numbers more than 0"),
     ],
 )
 def test_refusals(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -98,6 +119,9 @@ def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
         load(tmp_path, text)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(f"{MINIMAL}# caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.yaml: not UTF-8 at byte \d+ \(.*\); save it as UTF-8"):
+        load_config(tmp_path / "latin.yaml")
 
 
 def test_the_command_refuses_in_one_line_without_jax(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ An unknown key is refused with the nearest known name. Relative paths are relati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,19 @@ def _positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{name} = {value}, expected more than 0")
+        _finite(name, value)
 
 
 def _at_least_zero(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= 0:
             raise ConfigError(f"{name} = {value}, expected 0 or more")
+        _finite(name, value)
+
+
+def _finite(name: str, value: float | None) -> None:
+    if value == math.inf:
+        raise ConfigError(f"{name} = {value}, expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _positive(eps=self.eps, clip_norm=self.clip_norm)
         _at_least_zero(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        for name, value in (("b1", self.b1), ("b2", self.b2)):
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{name} = {value}, expected at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _at_least_zero(warmup_steps=self.warmup_steps, final_fraction=self.final_fraction)
+        if self.final_fraction > 1:
+            raise ConfigError(f"final_fraction = {self.final_fraction}, expected at most 1, the peak itself")
         _positive(decay_steps=self.decay_steps)
         if self.name == "wsd" and self.decay_steps is None:
             raise ConfigError("schedule wsd needs decay_steps, how many of the last steps the rate falls over")
@@ -279,6 +292,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(steps=self.steps, max_bad_steps=self.max_bad_steps)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {self.seed}, expected 0 .. 2^63 - 1")
         used = self.schedule.warmup_steps + (self.schedule.decay_steps or 0)
         if used > self.steps:
             raise ConfigError(f"schedule: warmup_steps + decay_steps = {used} is more than steps = {self.steps}")
@@ -296,12 +311,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads CONFIG.yaml and applies `--dotted.key value` (or `--dotted.key=value`) pairs; values are YAML.
 
     Raises:
-      ConfigError: the file is missing or not YAML, a key is unknown, a value is refused; by dotted path.
+      ConfigError: the file is missing or not YAML in UTF-8, a key is unknown, a value is refused; by dotted path.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start} ({error.reason}); save it as UTF-8") from None
     tree = _yaml(text, str(path))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -316,6 +333,13 @@ def _yaml(text: str, where: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+    except (ValueError, LookupError, AttributeError) as error:  # from PyYAML's making of dates, numbers and tagged values
+        raise ConfigError(
+            f"{where}: holds a value that YAML takes for a date, a number or a tag but cannot read ({error}); expected text such "
+            "as '2024-13-45' in quotes"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply, expected a config's few levels") from None
 
 
 def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:

@@ -93,7 +93,7 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
     if hint in (int, float) and not isinstance(value, bool) and isinstance(value, int | float | str):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = None
         if number is not None and hint is float:
             return number
