@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 import pytest
 
 from qvlmoe_jax.errors import ConfigError
@@ -154,6 +155,18 @@ def test_schedules() -> None:
     assert cosine[:3] == pytest.approx([1, 2, 2])
     assert cosine[7] == pytest.approx(2 * (0.1 + 0.9 / 2))  # half way
     assert all(a > b for a, b in itertools.pairwise(cosine[2:])) and cosine[-1] > 0.2
+
+
+def test_decays_end_one_step_after_the_last_as_in_optax() -> None:
+    steps = range(11)  # the run has 0 .. 9
+    for config, same in (
+        (ScheduleConfig("linear", final_fraction=0.1), optax.linear_schedule(2.0, 0.2, 10)),
+        (ScheduleConfig("cosine", final_fraction=0.1), optax.cosine_decay_schedule(2.0, 10, alpha=0.1)),
+        (ScheduleConfig("wsd", decay_steps=4, final_fraction=0.1), optax.linear_schedule(2.0, 0.2, 4, transition_begin=6)),
+    ):
+        rate = schedule(config, 2.0, 10)
+        assert [float(rate(jnp.int32(i))) for i in steps] == pytest.approx([float(same(i)) for i in steps], abs=1e-6)
+        assert float(rate(jnp.int32(9))) > float(rate(jnp.int32(10))) == pytest.approx(0.2)
 
 
 def tree() -> dict[str, Any]:

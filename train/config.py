@@ -137,8 +137,9 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over the run: linear warm-up over `warmup_steps`, then
 
-    `constant`; `linear` or `cosine` down to `final_fraction` of the peak at the last step; `wsd`: constant, then linear down to
-    `final_fraction` over the last `decay_steps`.
+    `constant`; `linear` or `cosine` from the peak down towards `final_fraction` of it; `wsd`: constant, then linear down over the
+    last `decay_steps`. As in transformers and optax `final_fraction` belongs to step `steps`, one after the last: the last of 10
+    steps of `linear`, number 9, takes 0.1 of the peak, not 0.
     """
 
     name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"

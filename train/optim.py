@@ -75,7 +75,11 @@ def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any
 
 
 def schedule(config: ScheduleConfig, peak: float, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """The learning rate of step 0, 1, ... `steps` - 1. Warm-up reaches the peak at its last step."""
+    """The learning rate of step 0, 1, ... `steps` - 1.
+
+    Warm-up reaches the peak at its last step (a step sooner than in transformers, whose step 0 has a rate of 0). A decay would
+    reach its end at step `steps`, as in transformers and optax.
+    """
     warmup, floor = config.warmup_steps, config.final_fraction
     decay = config.decay_steps if config.name == "wsd" and config.decay_steps is not None else max(1, steps - warmup)
 
