@@ -66,8 +66,8 @@ class GenerationConfig:
     def to_hf(self) -> dict[str, Any]:
         """The object for a `generation_config.json`: the file's own with these ids, or one that says the same."""
         out = dict(self.file)
-        if self.eos_token_id:
-            out["eos_token_id"] = list(self.eos_token_id) if len(self.eos_token_id) > 1 else self.eos_token_id[0]
+        if eos := list(self.eos_token_id):
+            out["eos_token_id"] = eos if len(eos) > 1 else eos[0]
         if self.pad_token_id is not None:
             out["pad_token_id"] = self.pad_token_id
         if not self.file and self.sampling.get("temperature"):

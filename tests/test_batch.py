@@ -88,9 +88,8 @@ def test_frames_are_segments_in_merge_order() -> None:
 def test_labels_are_ids_of_their_own_columns() -> None:
     inputs = _inputs([Text(3)])
     vocab = CONFIG.text_config.vocab_size
-    given = np.full(inputs["input_ids"].shape, -100)
-    given[0, 1] = vocab - 1
-    assert Batch.from_hf(CONFIG, **inputs, labels=given).labels[0, : given.shape[1]].tolist() == given[0].tolist()
+    given = np.array([[-100, vocab - 1, -100]])
+    assert Batch.from_hf(CONFIG, **inputs, labels=given).labels[0, :3].tolist() == given[0].tolist()
     _refused(re.escape("labels have shape [1, 2], expected input_ids' [1, 3]"), inputs, labels=given[:, :2])
     _refused(re.escape("labels have shape [1, 4], expected"), inputs, labels=np.full((1, 4), -100))
     for wrong in (vocab, -1, -101):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -165,7 +166,7 @@ def test_decays_end_one_step_after_the_last_as_in_optax() -> None:
         (ScheduleConfig("wsd", decay_steps=4, final_fraction=0.1), optax.linear_schedule(2.0, 0.2, 4, transition_begin=6)),
     ):
         rate = schedule(config, 2.0, 10)
-        assert [float(rate(jnp.int32(i))) for i in steps] == pytest.approx([float(same(i)) for i in steps], abs=1e-6)
+        assert [float(rate(jnp.int32(i))) for i in steps] == pytest.approx([np.asarray(same(i)).item() for i in steps], abs=1e-6)
         assert float(rate(jnp.int32(9))) > float(rate(jnp.int32(10))) == pytest.approx(0.2)
 
 

@@ -189,10 +189,11 @@ def test_data_that_fail_cost_no_step(short: Callable[..., TrainConfig], caplog: 
 
 @pytest.mark.slow
 def test_batches_given_that_end_early_are_promised_nothing(tmp_path: Path, model: Path) -> None:
-    batches = training.mixed_batches(MODEL, 2)
+    none: Any = iter(())
+    two: Any = iter(training.mixed_batches(MODEL, 2))
     config = training.make_config(tmp_path / "run", model)
     with pytest.raises(TrainingError, match="the data ended before the first step, expected at least one batch"):
-        loop.train(config, data=iter(()))
+        loop.train(config, data=none)
     with pytest.raises(TrainingError, match="the data ended after 2 of 6 steps; saved step 2 of 6 in .*/2; lower steps to 2"):
-        loop.train(config, data=iter(batches))
+        loop.train(config, data=two)
     assert saved(config) == [2]
