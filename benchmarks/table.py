@@ -122,30 +122,31 @@ def main() -> int:
     parser.add_argument("--growth", action="store_true", help="also time both against tokens, pictures, experts, layers, batch")
     parser.add_argument("--torch-compile", action="store_true", help="also try torch.compile on the forward pass (minutes)")
     parser.add_argument("--one-core", action="store_true", help="one thread each, CPU seconds: for a machine that others use")
-    parser.add_argument("--add", action="store_true", help="keep the rows of the last run that this one does not measure")
+    parser.add_argument("--add", action="store_true", help="keep what the last run measured and this one does not")
     parser.add_argument("--out", type=Path, default=HERE / "table", help="writes this name with .md, .json and .png")
     args = parser.parse_args()
     if unknown := set(args.rows.split(",")) - {*ROWS, ""}:
         parser.error(f"--rows: {', '.join(sorted(unknown))} unknown, expected some of {', '.join(ROWS)}")
     sizes = rows.Sizes(layers=args.layers, pairs=args.pairs, limit=args.limit, torch_compile=args.torch_compile)
-    timed = earlier(args.out) if args.add else {}
+    timed, curves = earlier(args.out) if args.add else ({}, [])
     for name in filter(None, args.rows.split(",")):
         for row in ROWS[name](sizes):
             print(f"{row.name}: {row.ratio:.2f} of transformers' rate ({row.setting}), pairs {row.spread}", flush=True)
             timed[row.name] = row
-            write(args.out, list(timed.values()), [], sizes)  # a run that is cut short leaves what it has
-    curves = list(growth.curves(sizes)) if args.growth else []
+            write(args.out, list(timed.values()), curves, sizes)  # a run that is cut short leaves what it has
+    curves = list(growth.curves(sizes)) if args.growth else curves
     write(args.out, list(timed.values()), curves, sizes)
     print(args.out.with_suffix(".md").read_text(encoding="utf-8"))
     return 0
 
 
-def earlier(out: Path) -> dict[str, Timed]:
-    """The rows of an earlier run, by name; none where there was none."""
+def earlier(out: Path) -> tuple[dict[str, Timed], list[growth.Curve]]:
+    """The rows of an earlier run, by name, and its curves; none where there was none."""
     file = out.with_suffix(".json")
-    found = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": [], "growth": []}
     fields = {field.name for field in dataclasses.fields(Timed)}
-    return {row["name"]: Timed(**{name: value for name, value in row.items() if name in fields}) for row in found}
+    timed = {row["name"]: Timed(**{name: value for name, value in row.items() if name in fields}) for row in found["rows"]}
+    return timed, [growth.Curve(**curve) for curve in found["growth"]]
 
 
 def write(out: Path, timed: Sequence[Timed], curves: Sequence[growth.Curve], sizes: rows.Sizes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import sys
 from typing import NoReturn
@@ -21,7 +22,8 @@ def accept_any_text() -> None:
     """For the start of a command: what the terminal cannot show is printed as `\\xfc`, what is read and is no text is kept."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            with contextlib.suppress(io.UnsupportedOperation):  # a caller in this process has read from stdin before
+                stream.reconfigure(errors=errors)
 
 
 def printable(line: str) -> str:

@@ -63,13 +63,16 @@ def test_the_accelerators_rows_run() -> None:
 def test_the_table_is_written(tmp_path: Path) -> None:
     """One cheap row, in its own process: the module settles threads before jax is imported."""
     pytest.importorskip("torch")
-    options = ["--rows", "experts", "--pairs", "1", "--limit", "1", "--out", str(tmp_path / "table")]
+    before = {"rows": [], "growth": [{"what": "tokens", "sizes": [1, 2], "ours": [1.0, 2.0], "theirs": [2.0, 4.0]}]}
+    (tmp_path / "table.json").write_text(json.dumps(before))
+    options = ["--rows", "experts", "--pairs", "1", "--limit", "1", "--add", "--out", str(tmp_path / "table")]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.table", *options],
         capture_output=True, text=True, timeout=600, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "table.json").read_text())
+    assert figures["growth"] == before["growth"]
     assert {row["name"] for row in figures["rows"]} == {f"experts, {n} tokens" for n in (1, 64, 512, 2048)}
     assert figures["machine"]["cores"] >= 1 and figures["versions"]["transformers"]
     assert "| experts, 512 tokens | tokens |" in (tmp_path / "table.md").read_text()

@@ -25,14 +25,14 @@ from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGenerati
 from qvlmoe_jax.adapters import adapt
 from qvlmoe_jax.checkpoint import left_out_router_bias, load_params, open_weights
 from qvlmoe_jax.errors import ConfigError
-from train import processes
+from train import early_end, processes
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.data_config import DataConfig
 from train.errors import TrainingError
 from train.evaluate import make_evaluate, validate
-from train.feed import Counts, Data, DataIterator, Fed, Feed, Interrupted, Shares, WholeBatches
+from train.feed import Counts, Data, DataIterator, Feed, Interrupted, Shares, WholeBatches
 from train.flops import peak_tflops, step_flops
 from train.lora import Base, as_library, first_adapters, load_base
 from train.metrics import Metrics, memory_gib, router_load
@@ -277,7 +277,7 @@ def train(
         def keep(done: int) -> str | None:
             if interval.metrics:
                 log_interval(done)
-            return _keep(checkpoints, done, config, state, fed)
+            return early_end.keep(checkpoints, done, config, state, fed)
 
         interval, compiled, fed = Interval(), None, None
         for number in range(start, config.steps):
@@ -287,7 +287,7 @@ def train(
             try:
                 ahead = next(feed)
             except StopIteration:
-                raise _ended(config, number, keep(number), own_data=data is None) from None
+                raise early_end.ended(config, number, keep(number), own_data=data is None) from None
             except Interrupted:
                 saved = keep(number) or "no step to save yet"
                 if processes.is_first():
@@ -322,7 +322,7 @@ def train(
             every = config.checkpoint.every
             if last or (every and done % every == 0):
                 with interval.pause():
-                    checkpoints.save(done, state, {"data": _streams(fed)}, scores)
+                    checkpoints.save(done, state, {"data": early_end.streams(fed)}, scores)
         checkpoints.wait()
         if config.checkpoint.export:
             run, dtype = Path(config.run), config.checkpoint.export_dtype
@@ -352,34 +352,6 @@ def _peak_flops(config: TrainConfig, mesh: Mesh | None) -> float | None:
     return None if peak is None else peak * 1e12 * (1 if mesh is None else mesh.size)
 
 
-def _keep(checkpoints: Checkpoints, done: int, config: TrainConfig, state: TrainState, fed: Fed | None) -> str | None:
-    """Saves a run that ends early, after `done` steps, of which this process took the one fed by `fed`, or none. A collective.
-
-    Returns:
-      where it is saved, for a message; None where there is no step to save yet.
-    """
-    checkpoints.wait()
-    if fed is not None and done not in processes.gather(checkpoints.steps())[0]:
-        checkpoints.save(done, state, {"data": _streams(fed)})
-        checkpoints.wait()
-    kept = processes.gather(checkpoints.steps())[0]  # and so no process leaves while another still writes
-    return f"saved step {done} of {config.steps} in {checkpoints.directory / str(done)}" if done in kept else None
-
-
-def _ended(config: TrainConfig, done: int, saved: str | None, *, own_data: bool) -> TrainingError:
-    """The error of data that end before the run does.
-
-    Args:
-      saved: of `_keep`. own_data: they are those of `config.data`, whose streams go on when there are more epochs.
-    """
-    if saved is None:
-        return TrainingError("the data ended before the first step, expected at least one batch")
-    more = f", and the same command with data.epochs above {config.data.epochs} goes on from there" if own_data else ""
-    return TrainingError(
-        f"the data ended after {done} of {config.steps} steps; {saved}{more}; lower steps to {done} to end the run there"
-    )
-
-
 def _check_bad_steps(config: TrainConfig, done: int, values: Mapping[str, Any]) -> None:
     if int(values["bad_in_a_row"]) >= config.max_bad_steps:
         raise TrainingError(
@@ -407,9 +379,3 @@ def _validation_batches(
     finally:
         feed.close()
         data.close()
-
-
-def _streams(fed: Fed) -> list[Any]:
-    """Where the streams of all groups are after a batch, in their order; those of this and the other processes."""
-    states = {group: state for own in processes.gather(fed.state) for group, state in own.items()}
-    return [states[str(group)] for group in range(len(states))]
