@@ -21,7 +21,7 @@ import numpy as np
 from convert.directories import check_destination, find_side_files
 from convert.progress import Progress, human_bytes
 from convert.tensor_blocks import block_reads
-from qvlmoe_jax.checkpoint import ConvertedWeights, TrainedWeights, open_weights
+from qvlmoe_jax.checkpoint import ConvertedWeights, TrainedWeights, open_weights, stated_dtypes
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, expand
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES, NAMED_DTYPES
@@ -109,9 +109,7 @@ def tensor_dtypes(weights: ConvertedWeights | TrainedWeights, side: Path) -> dic
         recorded = weights.conversion.get("tensors", {})
     elif isinstance(weights, TrainedWeights):
         config = json.loads((side / "config.json").read_text(encoding="utf-8"))
-        text = config.get("text_config", {})
-        names: Iterable[Any] = (section.get(key) for section in (config, text) for key in ("dtype", "torch_dtype"))
-        common = NAMED_DTYPES.get(str(next((name for name in names if name), "")))
+        common = NAMED_DTYPES.get(next(iter(stated_dtypes(config)), ""))
     out = {}
     for row in expand(weights.config):
         entry = recorded.get(row.key)

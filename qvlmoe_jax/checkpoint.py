@@ -188,17 +188,19 @@ def open_weights(directory: str | Path) -> Weights:
     return TrainedWeights(directory) if is_training_checkpoint(directory) else HFWeights(directory)
 
 
+def stated_dtypes(config: Mapping[str, Any]) -> list[str]:
+    """What a `config.json` object names as its weights' dtype, the most telling first: itself, then its text_config."""
+    sections = (config, config.get("text_config", {}))
+    return [str(section[key]) for section in sections for key in ("dtype", "torch_dtype") if section.get(key)]
+
+
 def own_dtype(weights: Weights) -> np.dtype:
     """The dtype of a model as its files have it: theirs, or, where they hold several (norms in float32, float8 beside bfloat16),
     the one that config.json names, else that of most parameters. The computation needs one; `transformers` loads in one too.
     """
-    common = Counter(weights.dtypes.values()).most_common()
-    config = weights.config.to_hf()
-    for section in (config, config["text_config"]):
-        named = NAMED_DTYPES.get(str(section.get("dtype") or section.get("torch_dtype")))
-        if len(common) > 1 and named is not None:
-            return named
-    return common[0][0]
+    (common, _), *others = Counter(weights.dtypes.values()).most_common()
+    named = [NAMED_DTYPES[name] for name in stated_dtypes(weights.config.to_hf()) if name in NAMED_DTYPES]
+    return named[0] if others and named else common
 
 
 def load_params(weights: Weights, *, dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:

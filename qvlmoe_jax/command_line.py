@@ -31,6 +31,11 @@ def printable(line: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
+def one_line(error: BaseException) -> str:
+    """What it says, whatever it quotes."""
+    return printable(" ".join(str(error).split()))
+
+
 def print_error(error: BaseException) -> None:
-    """One line on stderr, whatever the message quotes."""
-    print("error:", printable(" ".join(str(error).split())), file=sys.stderr, flush=True)
+    """One line on stderr."""
+    print("error:", one_line(error), file=sys.stderr, flush=True)

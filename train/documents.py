@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qvlmoe_jax.batch import Media
+from qvlmoe_jax.command_line import one_line
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import QvlmoeError
 from qvlmoe_jax.positions import mrope_positions
@@ -39,7 +40,7 @@ class DocumentMaker:
             _refuse_control_tokens(messages)
             return {"name": record.name, "error": None, **self._encode(load_media(messages, record.root))}
         except (RecordError, QvlmoeError) as error:
-            return {"name": record.name, "error": _one_line(error)}
+            return {"name": record.name, "error": one_line(error)}
         except Exception as error:  # a fault of this program: to skip the record would hide it
             error.add_note(f"while reading the record {record.name}")
             raise
@@ -78,11 +79,6 @@ class DocumentMaker:
             "frame_sizes": np.array([(f.height, f.width) for f in frames], np.int32).reshape(-1, 2),
             "pixel_values": np.concatenate(patches).astype(np.float32),
         }
-
-
-def _one_line(error: Exception) -> str:
-    """Text for the log and the checkpoint, which are UTF-8: half a surrogate pair, which JSON may hold, becomes an escape."""
-    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
 
 
 def _refuse_control_tokens(messages: list[Message]) -> None:
