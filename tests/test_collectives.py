@@ -22,7 +22,7 @@ from qvlmoe_jax.layers import einsum
 from qvlmoe_jax.sharding import BATCH, fit, make_mesh, partition_spec
 from tests import tolerances
 from train import hlo, topology
-from train.loss import token_losses
+from train.loss import training_loss
 
 MESHES = [
     {"fsdp": 4, "expert": 2},
@@ -75,11 +75,13 @@ def test_losses_agree(sizes: dict[str, Any], chunk: int) -> None:
     targets = jnp.asarray(np.random.default_rng(0).integers(-5, 32, (8, 8)))
     targets = jnp.where(targets < 0, -100, targets)
 
-    def sums(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        losses = token_losses(hidden, head, targets, chunk_tokens=chunk)
-        return jnp.stack([losses.cross_entropy, losses.log_z_squared, losses.correct])
+    def both(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        """The losses, which have no gradient, and a total that stands for a part of what is minimised."""
+        total, losses = training_loss(hidden, head, targets, 0.3, z_loss=0.1, chunk_tokens=chunk)
+        values = jnp.stack([losses.cross_entropy, losses.log_z_squared, losses.correct])
+        return jnp.append(values.reshape(-1), total)
 
-    compare(sums, sizes, normal(0, 8, 8, 6), normal(1, 6, 32))
+    compare(both, sizes, normal(0, 8, 8, 6), normal(1, 6, 32))
 
 
 def sent(f: Callable[..., jax.Array], place: str, w: jax.Array, *inputs: jax.Array) -> dict[str, float]:
@@ -114,15 +116,17 @@ def test_gradients_are_reduce_scattered() -> None:
 
 @pytest.mark.parametrize("place", ["embed_tokens/weight", "lm_head/weight"])
 def test_gradients_of_odd_vocabularies_are_reduce_scattered(place: str) -> None:
+    expected = gathered_and_scattered(40 * 6)
     if place.startswith("embed"):
         found = sent(lambda table, ids: placed_lookup(table, ids, place), place, normal(1, 40, 6), IDS)
     else:
 
         def cross_entropy(head: jax.Array, hidden: jax.Array, ids: jax.Array) -> jax.Array:
-            return token_losses(hidden, head, ids, chunk_tokens=1000).cross_entropy
+            return training_loss(hidden, head, ids, chunk_tokens=1000)[0]
 
         found = sent(cross_entropy, place, normal(1, 6, 40), normal(0, 8, 8, 6), IDS)
-    assert found == gathered_and_scattered(40 * 6)
+        expected["all-reduce"] = 4 * 2 * 7 / 8  # the total, one float32
+    assert found == expected
 
 
 # The shards of the 235B on 64 x 8 devices: 24 rows of each expert, 8 of the router (a tile has 16), 18 and 9 of the tower's

@@ -45,7 +45,7 @@ def loss_and_gradients(model: Qwen3VLMoeForConditionalGeneration, batch: Any) ->
 
     def loss(adapters: Any, base: Any, batch: Any) -> jax.Array:
         ready = model.with_params(nest({**flatten(base), **flatten(adapters)}))
-        return forward_losses(ready, batch, chunk_tokens=64)[0].cross_entropy.sum() / 100
+        return forward_losses(ready, batch, chunk_tokens=64, scale=1 / 100).total
 
     program = jax.jit(jax.value_and_grad(loss)).lower(adapters, base, jax.tree.map(jax.numpy.asarray, batch)).compile()
     value, grads = program(adapters, base, jax.tree.map(jax.numpy.asarray, batch))
@@ -60,10 +60,7 @@ def one_device() -> dict[Any, tuple[float, dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("sizes", "dispatch", "quantization"),
     [
-        *(
-            pytest.param(*mesh, None, marks=pytest.mark.slow if i == 6 else pytest.mark.soak)
-            for i, mesh in enumerate(MESHES)
-        ),
+        *(pytest.param(*mesh, None, marks=pytest.mark.slow if i == 6 else pytest.mark.soak) for i, mesh in enumerate(MESHES)),
         pytest.param({"tensor": 2, "fsdp": 2, "expert": 2}, "allgather", "nf4", marks=pytest.mark.soak),
         pytest.param({"fsdp": 4, "expert": 2}, "all_to_all", "int8", marks=pytest.mark.soak),
     ],

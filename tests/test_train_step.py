@@ -20,7 +20,7 @@ from tests import cases, ours, tiny, tolerances, training
 from tests.cases import Image, Text, Video
 from tests.hf_checkpoints import random_hf_tensors
 from train.config import LossConfig, OptimizerConfig, ScheduleConfig
-from train.loss import head_weight, next_tokens, token_losses
+from train.loss import head_weight, next_tokens, training_loss
 from train.optim import make_optimizer, schedule
 from train.state import TrainState, all_params, init_state
 from train.step import Step, forward_losses, make_train_step
@@ -86,15 +86,15 @@ def test_packed_documents_have_their_own_losses(model: Any, record: Any) -> None
     alone = training.labelled(SMALL, cases.build(SMALL, DOCUMENTS))
     together = packed(alone)
     losses_of = jax.jit(lambda m, b: forward_losses(m, jax.tree.map(jnp.asarray, b), chunk_tokens=32))
-    losses, targets, _ = losses_of(model, alone)
+    _, losses, targets, _ = losses_of(model, alone)
     expected = np.asarray(losses.cross_entropy).sum(1)
-    losses, packed_targets, _ = losses_of(model, together)
+    _, losses, packed_targets, _ = losses_of(model, together)
     found = np.array([np.asarray(losses.cross_entropy)[together.segment_ids == d].sum() for d in range(1, len(DOCUMENTS) + 1)])
     assert int((packed_targets >= 0).sum()) == int((targets >= 0).sum())
     error = float(np.max(np.abs(found - expected) / expected))
     record("packed against unpacked: relative loss of a document", error)
     assert error <= tolerances.SAME_LOSS
-    leaking, _, _ = losses_of(model, dataclasses.replace(together, segment_ids=np.ones_like(together.segment_ids)))
+    _, leaking, _, _ = losses_of(model, dataclasses.replace(together, segment_ids=np.ones_like(together.segment_ids)))
     leaked = np.asarray(leaking.cross_entropy)[together.segment_ids == len(DOCUMENTS)].sum()
     assert relative(leaked, expected[-1]) > NO_LOSS_CHANGE  # documents that see each other would show
 
@@ -142,28 +142,63 @@ def test_remat_changes_nothing(model: Any, plain_step: Step, remat: Any, record:
         assert relative(recomputed[key], plain[key]) <= tolerances.SAME_LOSS
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 10, 37, 64])
-def test_chunked_loss_is_the_plain_one(chunk_tokens: int, record: Any) -> None:
-    B, T, D, V = 3, 23, 8, 50
+V = 50
+
+
+def hidden_head_targets() -> tuple[jax.Array, jax.Array, jax.Array]:
+    B, T, D = 3, 23, 8
     keys = jax.random.split(jax.random.key(0), 3)
     hidden, head = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V))
     targets = jax.random.randint(keys[2], (B, T), -V // 4, V)  # a fifth of them ignored
-    targets = jnp.where(targets < 0, -100, targets)
+    targets = targets.at[0].set(jnp.argmax(hidden[0] @ head, axis=-1))  # and a third foreseen
+    return hidden, head, jnp.where(targets < 0, -100, targets)
 
-    def loss(hidden: jax.Array, head: jax.Array, chunk: int) -> jax.Array:
-        losses = token_losses(hidden, head, targets, chunk_tokens=chunk)
-        return jnp.sum(losses.cross_entropy) + 0.1 * jnp.sum(losses.log_z_squared)
 
-    log_probs = jax.nn.log_softmax(hidden @ head)
-    expected = -jnp.where(targets >= 0, jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], -1)[..., 0], 0)
-    losses = token_losses(hidden, head, targets, chunk_tokens=chunk_tokens)
-    assert np.allclose(losses.cross_entropy, expected, atol=1e-5)
-    assert np.array_equal(losses.correct, (jnp.argmax(log_probs, -1) == targets))
-    found, plain = (jax.value_and_grad(loss, argnums=(0, 1))(hidden, head, chunk) for chunk in (chunk_tokens, B * T))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
-        error = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk_tokens", [1, 10, 37, 64, 1000])
+def test_chunked_loss_is_the_plain_one(chunk_tokens: int, z_loss: float, record: Any) -> None:
+    hidden, head, targets = hidden_head_targets()
+    here = targets >= 0
+
+    def plain(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, Any]:
+        logits = hidden @ head
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+        losses = jnp.where(here, log_z - picked, 0), jnp.where(here, log_z**2, 0)
+        return 0.7 * 0.3 * jnp.sum(losses[0] + z_loss * losses[1]), (*losses, targets == jnp.argmax(logits, -1))
+
+    def ours(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, Any]:
+        total, losses = training_loss(hidden, head, targets, 0.3, z_loss=z_loss, chunk_tokens=chunk_tokens)
+        return 0.7 * total, (losses.cross_entropy, losses.log_z_squared, losses.correct)
+
+    expected, found = (jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(hidden, head) for f in (plain, ours))
+    not_differentiated = ours(hidden, head)
+    for a, b in zip(jax.tree.leaves((found, not_differentiated)), jax.tree.leaves((expected, expected[0])), strict=True):
+        error = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b.astype(jnp.float32)))
         record("chunked against plain: relative loss and gradients", error)
         assert error <= tolerances.SAME_LOSS
+
+
+@pytest.mark.parametrize("argnums, products", [((0, 1), 3), (0, 2), (None, 1)], ids=["trained", "frozen head", "evaluation"])
+def test_no_product_with_the_head_is_made_twice(argnums: Any, products: int) -> None:
+    hidden, head, targets = hidden_head_targets()
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return training_loss(hidden, head, targets, chunk_tokens=10)[0]
+
+    program = jax.make_jaxpr(loss if argnums is None else jax.grad(loss, argnums))(hidden, head)
+    assert str(program).count("dot_general[") == products
+
+
+def test_the_heads_gradient_is_added_up_in_float32() -> None:
+    """Sixty-nine chunks: added in bfloat16, sums of like numbers would stand still."""
+    hidden, head, targets = hidden_head_targets()
+    hidden, head = jnp.ones_like(hidden, jnp.bfloat16), jnp.zeros_like(head, jnp.bfloat16)
+
+    def gradient(chunk_tokens: int) -> jax.Array:
+        return jax.grad(lambda head: training_loss(hidden, head, targets, chunk_tokens=chunk_tokens)[0])(head)
+
+    assert np.array_equal(gradient(1), gradient(1000))
 
 
 def test_targets_stay_inside_documents() -> None:

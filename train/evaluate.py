@@ -55,7 +55,7 @@ def make_evaluate(
         ready = model.with_params(join(params, frozen))
 
         def micro(microbatch: Batch) -> dict[str, jax.Array]:
-            losses, targets, _ = forward_losses(ready, microbatch, chunk_tokens=chunk_tokens, router_bias=router_bias)
+            _, losses, targets, _ = forward_losses(ready, microbatch, chunk_tokens=chunk_tokens, router_bias=router_bias)
             count, right = answers(targets, losses.correct)
             return {
                 "cross_entropy": jnp.sum(losses.cross_entropy),

@@ -5,7 +5,9 @@ B rows, T columns, D hidden, V vocabulary, N chunks, C tokens per chunk.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from qvlmoe_jax.turns import in_turn
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenLosses:
-    """Per column `[B,T]`, float32, zero where there is no target.
+    """Per column `[B,T]`, float32, zero where there is no target, without gradients.
 
     Attributes:
       cross_entropy: in nats. log_z_squared: of logsumexp, for the z-loss. correct: 1 where the target is the likeliest token.
@@ -30,6 +32,28 @@ class TokenLosses:
     cross_entropy: jax.Array
     log_z_squared: jax.Array
     correct: jax.Array
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What one device does with its tokens.
+
+    Attributes:
+      z_loss: weight of the square of logsumexp. chunk_tokens: see `training_loss`.
+      vocab_axis: the mesh axis that splits the vocabulary; None when this device has all of it.
+    """
+
+    z_loss: float
+    chunk_tokens: int
+    vocab_axis: str | None
+
+
+class _Logits(NamedTuple):
+    """One chunk's. `own`: the target's place in this device's part of the vocabulary, anything else where it is not there."""
+
+    logits_CV: jax.Array
+    log_z_C: jax.Array
+    own_C: jax.Array
 
 
 def next_tokens(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -51,75 +75,142 @@ def head_weight(model: Qwen3VLMoeForConditionalGeneration) -> jax.Array:
     return model.lm_head.weight[...]
 
 
-def token_logits(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """float32 logits of `hidden [...,D]`; products in the model's dtype, float32 ones exact."""
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    return jnp.einsum("...D,DV->...V", hidden, head_DV, preferred_element_type=jnp.float32, precision=precision)
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum summed in float32; products in the model's dtype, float32 ones exact."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=precision)
 
 
-def _losses(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array, vocab_axis: str | None) -> TokenLosses:
-    """Losses of one chunk. With `vocab_axis`, this device holds one part of the vocabulary and the parts are combined."""
-    logits = token_logits(hidden, head_DV)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    own = jnp.maximum(targets, 0)
-    if vocab_axis is None:
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0]
-    else:
-        top = jax.lax.pmax(top, vocab_axis)
-        log_z = top + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocab_axis))
-        own = own - jax.lax.axis_index(vocab_axis) * logits.shape[-1]
-        here = (own >= 0) & (own < logits.shape[-1])
-        picked = jnp.take_along_axis(logits, jnp.where(here, own, 0)[..., None], axis=-1)[..., 0]
-        picked = jax.lax.psum(jnp.where(here, picked, 0), vocab_axis)
-    likeliest = jax.lax.stop_gradient(picked >= top).astype(jnp.float32)
-    values = TokenLosses(log_z - picked, jnp.square(log_z), likeliest)
-    return jax.tree.map(lambda v: jnp.where(targets >= 0, v, 0), values)
+def _logits(head: _Head, hidden_CD: jax.Array, head_DV: jax.Array, targets_C: jax.Array) -> tuple[_Logits, TokenLosses]:
+    """Logits and losses of one chunk, put together from the parts of the vocabulary."""
+    axis = head.vocab_axis
+    logits, own = _product("CD,DV->CV", hidden_CD, head_DV), targets_C
+    V = logits.shape[-1]
+    top = jnp.max(logits, axis=-1)
+    if axis is not None:
+        own = own - jax.lax.axis_index(axis) * V
+        top = jax.lax.pmax(top, axis)
+    z = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+    picked = jnp.take_along_axis(logits, jnp.clip(own, 0, V - 1)[:, None], axis=-1)[:, 0]
+    if axis is not None:
+        z, picked = jax.lax.psum((z, jnp.where((own >= 0) & (own < V), picked, 0)), axis)
+    log_z = top + jnp.log(z)
+    values = TokenLosses(log_z - picked, jnp.square(log_z), (picked >= top).astype(jnp.float32))
+    return _Logits(logits, log_z, own), jax.tree.map(lambda v: jnp.where(targets_C >= 0, v, 0), values)
 
 
-def _chunked(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk_tokens: int, vocab_axis: str | None
-) -> TokenLosses:
-    """Losses of one device's tokens, `chunk_tokens` at a time; the backward pass recomputes a chunk's logits."""
-    B, T, D = hidden_BTD.shape
-    hidden, targets = hidden_BTD.reshape(B * T, D), targets_BT.reshape(B * T)
-    N = -(-B * T // chunk_tokens)
-    if N == 1:
-        losses = _losses(hidden, head_DV, targets, vocab_axis)
-        return jax.tree.map(lambda v: v.reshape(B, T), losses)
-    C = -(-B * T // N)
-    pad = N * C - B * T
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(N, C, D)
-    targets = jnp.pad(targets, (0, pad), constant_values=IGNORED_LABEL).reshape(N, C)
-
-    @jax.checkpoint
-    def chunk(inputs: tuple[jax.Array, jax.Array]) -> TokenLosses:
-        return _losses(inputs[0], head_DV, inputs[1], vocab_axis)
-
-    return jax.tree.map(lambda v: v.reshape(N * C)[: B * T].reshape(B, T), jax.lax.map(chunk, (hidden, targets)))
+def _d_logits(head: _Head, of: _Logits, targets_C: jax.Array, scale: jax.Array) -> jax.Array:
+    """The gradient of a chunk's part of the total, `[C,V]`."""
+    scales = jnp.where(targets_C >= 0, scale, 0)
+    both = scales * (1 + 2 * head.z_loss * of.log_z_C)
+    probabilities = jnp.exp(of.logits_CV - of.log_z_C[:, None])
+    is_target = jnp.arange(of.logits_CV.shape[1]) == of.own_C[:, None]
+    return both[:, None] * probabilities - jnp.where(is_target, scales[:, None], 0)
 
 
-def token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int) -> TokenLosses:
-    """Losses of every column; the logits of at most about `chunk_tokens` tokens per device exist at a time.
+def _chunks(head: _Head, hidden_ND: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens in chunks of one length, `[N,C,D]` and `[N,C]`; what is filled up has no target."""
+    tokens = len(targets_N)
+    N = -(-tokens // head.chunk_tokens)
+    pad = -tokens % N
+    hidden = jnp.pad(hidden_ND, ((0, pad), (0, 0)))
+    targets = jnp.pad(targets_N, (0, pad), constant_values=IGNORED_LABEL)
+    return hidden.reshape(N, -1, hidden.shape[1]), targets.reshape(N, -1)
 
-    On a mesh the head is gathered once for all chunks and its gradient reduce-scattered once; over `tensor` the vocabulary
-    stays split.
+
+def _total(head: _Head, values: TokenLosses, scale: jax.Array) -> jax.Array:
+    return scale * jnp.sum(values.cross_entropy + head.z_loss * values.log_z_squared)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(
+    head: _Head, hidden_ND: jax.Array, head_DV: jax.Array, targets_N: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, TokenLosses]:
+    """`training_loss` of one device's tokens `[N]`, and their losses.
+
+    The cotangent of a total is one number. So its gradient is taken, all but that factor, while a chunk's logits are there: three
+    products a chunk, where a backward pass that makes the logits again needs four.
+    """
+    hidden, targets = _chunks(head, hidden_ND, targets_N)
+    values = jax.lax.map(lambda chunk: _logits(head, chunk[0], head_DV, chunk[1])[1], (hidden, targets))
+    values = jax.tree.map(lambda v: v.reshape(-1)[: len(targets_N)], values)
+    return _total(head, values, scale), values
+
+
+def _loss_forward(head: _Head, hidden_ND: Any, head_DV: Any, targets_N: Any, scale: Any) -> tuple[Any, Any]:
+    """`_loss`, and its gradients: that of the head in float32 until all chunks are added, None when it is frozen."""
+    head_is_trained, weight, scale = head_DV.perturbed, head_DV.value, scale.value
+    hidden, targets = _chunks(head, hidden_ND.value, targets_N.value)
+
+    def chunk(d_head: jax.Array | None, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, Any]:
+        hidden, targets = inputs
+        logits, values = _logits(head, hidden, weight, targets)
+        d_logits = _d_logits(head, logits, targets, scale).astype(weight.dtype)
+        d_hidden = _product("CV,DV->CD", d_logits, weight).astype(hidden.dtype)
+        if d_head is not None:
+            d_head += _product("CD,CV->DV", hidden, d_logits)
+        return d_head, (values, d_hidden)
+
+    zeros = jnp.zeros(weight.shape, jnp.float32) if head_is_trained else None
+    d_head, (values, d_hidden) = jax.lax.scan(chunk, zeros, (hidden, targets))
+    tokens = len(targets_N.value)
+    values = jax.tree.map(lambda v: v.reshape(-1)[:tokens], values)
+    d_hidden = d_hidden.reshape(-1, d_hidden.shape[-1])[:tokens]
+    d_head = None if d_head is None else d_head.astype(weight.dtype)
+    return (_total(head, values, scale), values), (d_hidden, d_head)
+
+
+def _loss_backward(
+    head: _Head, gradients: tuple[jax.Array, jax.Array | None], cotangents: Any
+) -> tuple[jax.Array, jax.Array | None, None, None]:
+    d_total = cotangents[0]
+    if head.vocab_axis is not None:  # a total that all parts of the vocabulary have alike comes back in as many shares
+        d_total = jax.lax.psum(d_total, head.vocab_axis)
+    d_hidden, d_head = jax.tree.map(lambda d: d * d_total.astype(d.dtype), gradients)
+    return d_hidden, d_head, None, None
+
+
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+
+
+def _columns(
+    head: _Head, hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, TokenLosses]:
+    """One device's part of the total, `[1,1]`, and the losses of its columns, `[B,T]`."""
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    total, values = _loss(head, hidden_ND, head_DV, targets_BT.reshape(-1), scale)  # pyright: ignore[reportGeneralTypeIssues]
+    return total.reshape(1, 1), jax.tree.map(lambda v: v.reshape(targets_BT.shape), values)
+
+
+def training_loss(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    scale: jax.Array | float = 1.0,
+    *,
+    z_loss: float = 0.0,
+    chunk_tokens: int,
+) -> tuple[jax.Array, TokenLosses]:
+    """`scale * sum(cross_entropy + z_loss * log_z_squared)`, and the losses of every column, which have no gradient.
+
+    The logits of at most about `chunk_tokens` tokens per device exist at a time, and are made once. On a mesh the head is
+    gathered once for all chunks and its gradient reduce-scattered once; over `tensor` the vocabulary stays split.
 
     Args:
-      targets_BT: from `next_tokens`.
+      targets_BT: from `next_tokens`. scale: a constant of the gradient.
     """
-    mesh = active_mesh()
+    scale, mesh = jnp.asarray(scale, jnp.float32), active_mesh()
     if mesh is None:
-        return _chunked(hidden_BTD, head_DV, targets_BT, chunk_tokens, None)
-    rows = fit(HIDDEN, hidden_BTD.shape, mesh)
-    head = fit((None, VOCAB), head_DV.shape, mesh)
+        total, values = _columns(_Head(z_loss, chunk_tokens, None), hidden_BTD, head_DV, targets_BT, scale)
+        return total[0, 0], jax.lax.stop_gradient(values)
+    rows, spec = fit(HIDDEN, hidden_BTD.shape, mesh), fit((None, VOCAB), head_DV.shape, mesh)
+    columns, vocab_axis = P(*rows[:2]), "tensor" if "tensor" in axes_of(spec[1]) else None
     hidden_BTD, head_DV = in_turn(hidden_BTD, head_DV, HIDDEN, (None, VOCAB))
-    vocab_axis = "tensor" if "tensor" in axes_of(head[1]) else None
 
-    def local(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array) -> TokenLosses:
-        return _chunked(hidden, gather(head_DV, head), targets, chunk_tokens, vocab_axis)
+    def local(hidden: jax.Array, head_DV: jax.Array, targets: jax.Array, scale: jax.Array) -> tuple[jax.Array, TokenLosses]:
+        return _columns(_Head(z_loss, chunk_tokens, vocab_axis), hidden, gather(head_DV, spec), targets, scale)
 
-    columns = P(*rows[:2])
-    return jax.shard_map(local, in_specs=(rows, head, columns), out_specs=columns, check_vma=False)(
-        hidden_BTD, head_DV, targets_BT
+    totals, values = jax.shard_map(local, in_specs=(rows, spec, columns, P()), out_specs=columns, check_vma=False)(
+        hidden_BTD, head_DV, targets_BT, scale
     )
+    return jnp.sum(totals), jax.lax.stop_gradient(values)

@@ -6,7 +6,7 @@ A accumulated microbatches; everything else as in `qvlmoe_jax`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from qvlmoe_jax.turns import after, batch_after
 from train.accumulate import accumulate
 from train.config import LossConfig, OptimizerConfig, RouterConfig
 from train.keeping import keeping, kept
-from train.loss import TokenLosses, count_targets, head_weight, next_tokens, token_losses
+from train.loss import TokenLosses, count_targets, head_weight, next_tokens, training_loss
 from train.optim import join
 from train.router import moved_bias, router_losses
 from train.state import TrainState, state_shardings
@@ -30,16 +30,33 @@ Step = jax.stages.Wrapped
 """`(state, batch) -> (state, metrics)`, jitted."""
 
 
+class ForwardLosses(NamedTuple):
+    """Of one microbatch. Only `total` has a gradient (`train.loss.training_loss`)."""
+
+    total: jax.Array
+    losses: TokenLosses
+    targets_BT: jax.Array
+    router_stats: RouterStats | None
+
+
 def forward_losses(
-    model: Qwen3VLMoeForConditionalGeneration, batch: Batch, *, chunk_tokens: int, router_bias: jax.Array | None = None
-) -> tuple[TokenLosses, jax.Array, RouterStats | None]:
-    """Forward pass of one microbatch (no leading A): losses `[B,T]`, their targets `[B,T]`, and the router's sums."""
+    model: Qwen3VLMoeForConditionalGeneration,
+    batch: Batch,
+    *,
+    chunk_tokens: int,
+    scale: jax.Array | float = 1.0,
+    z_loss: float = 0.0,
+    router_bias: jax.Array | None = None,
+) -> ForwardLosses:
+    """Forward pass of one microbatch (no leading A)."""
     out = model.model(batch, router_bias=router_bias)
     with jax.named_scope("loss"):
         labels, segments = (after(a, out.last_hidden_state, HIDDEN[:2], HIDDEN) for a in (batch.labels, batch.segment_ids))
         targets = next_tokens(labels, segments)
-        losses = token_losses(out.last_hidden_state, head_weight(model), targets, chunk_tokens=chunk_tokens)
-    return losses, targets, out.router_stats
+        total, losses = training_loss(
+            out.last_hidden_state, head_weight(model), targets, scale, z_loss=z_loss, chunk_tokens=chunk_tokens
+        )
+    return ForwardLosses(total, losses, targets, out.router_stats)
 
 
 def make_train_step(
@@ -71,13 +88,17 @@ def make_train_step(
     def objective(trained: Any, given: dict[str, Any], batch: Batch) -> tuple[jax.Array, Any]:
         """One microbatch's part of the total. CE is divided by the tokens of ALL microbatches; aux is a mean over them."""
         ready = model.with_params(join(trained, given["frozen"]))
-        losses, _, stats = forward_losses(ready, batch, chunk_tokens=loss.chunk_tokens, router_bias=given["router_bias"])
+        total, losses, _, stats = forward_losses(
+            ready,
+            batch,
+            chunk_tokens=loss.chunk_tokens,
+            scale=1 / given["tokens"],
+            z_loss=loss.z_loss,
+            router_bias=given["router_bias"],
+        )
         sums = jax.tree.map(jnp.sum, losses)
         routing = router_losses(stats, given["valid"])
         aux = routing.aux * given["share"]
-        total = sums.cross_entropy / given["tokens"]
-        if loss.z_loss:
-            total += loss.z_loss * sums.log_z_squared / given["tokens"]
         if loss.aux_loss:
             total += loss.aux_loss * aux
         if loss.router_z_loss:

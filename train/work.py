@@ -47,7 +47,7 @@ def work(config: TrainConfig, model: Qwen3VLMoeConfig, devices: int, wire_bytes:
         "none": 0.0,
         "full": forward["text"] + forward["vision"],
         "dots": experts * text.layer_kinds().count("moe"),  # ragged products are no dots: they are recomputed
-    }[config.backend.remat] + forward["head"]  # the loss recomputes its logits
+    }[config.backend.remat]
     # Shards of `context` are consecutive columns: the last sees (2 - 1/c) times the average of a document's causal pairs, and
     # the others wait for it.
     passes = {"none": 3, "dots": 4, "full": 4}[config.backend.remat]
@@ -84,5 +84,10 @@ def hbm_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, counts: Counts, devi
     )
     per_patch = vision.depth * (16 * vision.hidden_size + 4 * vision.intermediate_size)
     activations = passes * width * (counts.tokens * per_token + counts.patches * per_patch)
-    logits = counts.tokens * text.vocab_size * 4 * 6  # written and read forward, recomputed, and their gradient
-    return total + (activations + logits) / devices
+    # Logits are written and read for the loss and for their gradient, which two products read; a chunk's gradient of the head is
+    # added to those before it.
+    logits = counts.tokens * text.vocab_size * 3 * (4 + width)
+    chunks = max(1, counts.tokens / devices / config.loss.chunk_tokens)
+    head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
+    added = 2 * 4 * chunks * D * text.vocab_size / sizes["tensor"] if any(head in path for path in trained) else 0.0
+    return total + added + (activations + logits) / devices
