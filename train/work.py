@@ -13,7 +13,7 @@ from qvlmoe_jax.sharding import axes_in, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.feed import Counts
-from train.flops import forward_flops, step_flops
+from train.flops import attention_flops, forward_flops, step_flops
 from train.parameters import parameters
 from train.roofline import Work
 from train.wire import MeshSizes
@@ -51,8 +51,7 @@ def work(config: TrainConfig, model: Qwen3VLMoeConfig, devices: int, wire_bytes:
     # Shards of `context` are consecutive columns: the last sees (2 - 1/c) times the average of a document's causal pairs, and
     # the others wait for it.
     passes = {"none": 3, "dots": 4, "full": 4}[config.backend.remat]
-    pairs = 4.0 * counts.token_pairs * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    waiting = passes * pairs * (1 - 1 / plain(config.mesh)["context"])
+    waiting = passes * attention_flops(model, counts)["text"] * (1 - 1 / plain(config.mesh)["context"])
     return Work(needed / devices, (needed + again + waiting) / devices, hbm_bytes(config, model, counts, devices), wire_bytes)
 
 
