@@ -19,6 +19,7 @@ from train import aot, hlo, plan, roofline, topology, wire, work
 from train.config import TrainConfig, dump_config, load_config
 from train.config_tree import plain
 from train.flops import attention_flops, forward_flops
+from train.parameters import parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESH = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
@@ -131,6 +132,22 @@ ENTRY %main (p: u8[2,6]) -> u8[8,6] {{
     assert (found.kind, found.axes, found.times, found.wire_bytes) == ("all-gather", ("fsdp",), 1, 8 * 6 * 3 / 4)
 
 
+RAGGED = """HloModule m
+
+ENTRY %main (p: bf16[64,32]) -> bf16[64,32] {
+  %rows = bf16[64,32]{1,0} parameter(0)
+  %buffer = bf16[256,32]{1,0} broadcast(%zero), dimensions={}
+  %there = bf16[256,32]{1,0} ragged-all-to-all(%rows, %buffer, %a, %b, %c, %d), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  ROOT %back = bf16[64,32]{1,0} ragged-all-to-all(%there, %rows, %a, %b, %c, %d), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+}
+"""
+
+
+def test_rows_are_counted_not_the_buffer_that_the_worst_routing_fills() -> None:
+    there, back = hlo.collectives(RAGGED, MESH)
+    assert there.wire_bytes == back.wire_bytes == 64 * 32 * 2 / 2
+
+
 @pytest.mark.parametrize(
     "text, axes, size",
     [
@@ -194,6 +211,23 @@ def test_the_least_by_hand(tmp_path: Path) -> None:
     assert terms["tokens to experts", ("expert",)] == 5 * L * 256 * D * 4
     frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze=("experts",)))
     assert ("experts' gradients scattered", ("fsdp",)) not in {(t.what, t.axes) for t in wire.least(frozen, model)}
+
+
+def test_the_least_of_a_tower_that_is_frozen_or_not_used(tmp_path: Path) -> None:
+    config = step_config(tmp_path, {"fsdp": 8})
+    model = aot.model_config(config)
+
+    def gathered(**changes: Any) -> float:
+        changed = dataclasses.replace(config, **changes)
+        return sum(term.bytes for term in wire.least(changed, model) if term.what == "weights gathered")
+
+    frozen = dataclasses.replace(config.model, freeze=("vision", "merger"))
+    unused = dataclasses.replace(config.data, vision_rows=0)
+    shapes = parameters(config, model)[0]
+    sent = {path: math.prod(shape.shape) * 4 * 7 / 8 for path, shape in shapes.items() if shape.ndim > 2 or "embed" in path}
+    blocks = sum(size for path, size in sent.items() if "visual/blocks/" in path)
+    assert gathered() - gathered(model=frozen) == pytest.approx(blocks, rel=0.01)  # no backward pass, so not gathered again
+    assert gathered(data=unused) < gathered(model=frozen) - blocks
 
 
 def test_a_lora_step_is_counted_as_one(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ frames. Recomputation and padding are not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qvlmoe_jax import Qwen3VLMoeConfig
@@ -29,6 +29,10 @@ _PEAK_TFLOPS = {
 }
 
 
+PARTS = ("vision", "merger", "text", "head")
+"""In the order data flows."""
+
+
 def peak_tflops(device_kind: str) -> float | None:
     """Peak of a device in bf16, by the longest known beginning of its name; None when unknown (CPUs)."""
     known = [name for name in _PEAK_TFLOPS if device_kind.startswith(name)]
@@ -36,7 +40,7 @@ def peak_tflops(device_kind: str) -> float | None:
 
 
 def forward_flops(config: Qwen3VLMoeConfig, counts: Counts) -> dict[str, float]:
-    """Forward FLOPs by part, in the order data flows: `vision`, `merger`, `text`, `head`. A product of m x k x n costs 2mkn."""
+    """Forward FLOPs of each of PARTS, in that order. A product of m x k x n costs 2mkn."""
     text, vision = config.text_config, config.vision_config
     D, N, K, H = text.hidden_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim
     projections = D * H * (2 * N + 2 * K)
@@ -67,16 +71,15 @@ def step_flops(config: Qwen3VLMoeConfig, counts: Counts, trained: Mapping[str, A
     """Forward and backward. From the first trained part on, the backward pass costs one forward for the inputs' gradients, and
     in attention one more, since both factors are inputs; and one for the weights', in proportion to the trained share of what a
     part multiplies with."""
-    total, below = 0.0, False
-    pairs = attention_flops(config, counts)
+    total, pairs = 0.0, attention_flops(config, counts)
     trained, frozen = flatten(trained), flatten(frozen)
+    back = backward_parts(trained)
     for part, flops in forward_flops(config, counts).items():
         train, rest = (
             sum(math.prod(a.shape) * _products(config, part, path) for path, a in tree.items()) for tree in (trained, frozen)
         )
-        below = below or any(_part(path) == part for path in trained)
         inner = pairs.get(part, 0.0)
-        total += flops + below * (flops + inner) + (flops - inner) * (train / (train + rest) if train else 0.0)
+        total += flops + (part in back) * (flops + inner) + (flops - inner) * (train / (train + rest) if train else 0.0)
     return total
 
 
@@ -85,13 +88,19 @@ def _products(config: Qwen3VLMoeConfig, part: str, path: str) -> float:
     looked-up tables never, unless the table is the head as well; an expert as often as it is chosen."""
     if "embed_tokens/" in path:
         return float(part == "head" and config.tie_word_embeddings)
-    if _part(path) != part or "pos_embed/" in path or "norm" in path or path.endswith("/bias"):
+    if part_of(path) != part or "pos_embed/" in path or "norm" in path or path.endswith("/bias"):
         return 0.0
     text = config.text_config
     return text.num_experts_per_tok / text.num_experts if "mlp/experts" in path else 1.0
 
 
-def _part(path: str) -> str:
+def part_of(path: str) -> str:
+    """Which of PARTS the parameter at `path` belongs to."""
     if "visual/" in path:
         return "merger" if "merger" in path else "vision"
     return "head" if path.startswith("lm_head") else "text"
+
+
+def backward_parts(trained: Iterable[str]) -> tuple[str, ...]:
+    """The parts that the backward pass goes through: from the first with a trained parameter, of these paths, on."""
+    return PARTS[min(PARTS.index(part_of(path)) for path in trained) :]
