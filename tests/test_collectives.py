@@ -196,7 +196,7 @@ def test_partial_sums_of_experts_are_of_a_devices_own_tokens() -> None:
     config = Qwen3VLMoeConfig.from_hf(tiny.TINY).text_config
     block = Qwen3VLMoeTextSparseMoeBlock(config, backend=BackendConfig(experts="tiles"), dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = normal(0, 8, 16, config.hidden_size)
-    sizes = {"data": 1, "fsdp": 1, "expert": 4, "tensor": 2, "context": 1}
+    sizes: dict[str, Any] = {"data": 1, "fsdp": 1, "expert": 4, "tensor": 2, "context": 1}
     with jax.set_mesh(mesh := make_mesh(**sizes)):
         placed = jax.device_put(x, NamedSharding(mesh, P(BATCH)))
         step = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.square(block(x, jnp.ones(x.shape[:2], bool))[0]))))
