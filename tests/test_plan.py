@@ -257,8 +257,12 @@ def test_roofline_arithmetic() -> None:
     assert (e.compute, e.hbm, e.ici_fast, e.ici_slow) == pytest.approx((2, 0.5, 1, 3))
     assert (e.best, e.worst, e.binding) == (pytest.approx(2), pytest.approx(5.5), "compute")
     assert (e.mfu_best, e.mfu_worst) == pytest.approx((0.5, 1 / 5.5))
-    v6e = topology.Topology.parse("v6e:8x8")  # 8 does not wrap around on v6e: half the links of one side
-    assert roofline.estimate(roofline.Work(1, 1, 1, 400e9), v6e).ici_slow == pytest.approx(4)
+    v6e = topology.Topology.parse("v6e:8x8")  # 8 does not wrap around on v6e: a corner has one link along each side
+    e = roofline.estimate(roofline.Work(1, 1, 1, 400e9), v6e)
+    assert (e.ici_fast, e.ici_slow) == pytest.approx((2, 4))
+    links = {"v6e:8x16": (1, 2), "v6e:16x16": (2, 2), "v5e:1x1": (0, 0), "v5p:2x2x1": (1, 1, 0), "v5p:2x4x4": (1, 1, 1)}
+    assert {name: topology.Topology.parse(name).links for name in links} == links
+    assert roofline.estimate(roofline.Work(1, 1, 1, 0), topology.Topology.parse("v5e:1x1")).ici_fast == 0
     tpu7x = topology.Topology.parse("tpu7x:4x4x4")  # a chip is two devices
     assert tpu7x.devices == 128
     assert roofline.estimate(roofline.Work(1, 2307e12 / 2, 1, 1), tpu7x).compute == pytest.approx(1)

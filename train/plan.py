@@ -137,7 +137,7 @@ def roofline_lines(plan: Plan) -> Iterator[str]:
     e, kind = plan.roofline, plan.topology.kind
     yield f"Model FLOPs per device and step: {e.model * plan.topology.chip.tflops / plan.topology.chip.devices:.1f} TFLOP"
     yield "Roofline, seconds per step (assumptions: train/roofline.py)"
-    yield f"  compute {e.compute:.3f}   HBM {e.hbm:.3f}   ICI {e.ici_fast:.3f} (all links) to {e.ici_slow:.3f} (one torus side)"
+    yield f"  compute {e.compute:.3f}   HBM {e.hbm:.3f}   ICI {e.ici_fast:.3f} (all torus sides) to {e.ici_slow:.3f} (one)"
     yield f"  best  {_time(e.best):>9}  MFU {e.mfu_best:5.1%}  all three overlapped; bound by {e.binding}"
     yield f"  worst {_time(e.worst):>9}  MFU {e.mfu_worst:5.1%}  nothing overlapped, slow ICI"
     low, high = gaps(kind)
