@@ -184,11 +184,18 @@ def test_gradients_of_keys_are_reduce_scattered(sizes: dict[str, Any], limit: in
 
 
 def test_a_decoding_step_is_left_to_the_partitioner() -> None:
-    equation, shape, place = ATTENTION
+    equation, _, place = ATTENTION
     with jax.set_mesh(make_mesh(fsdp=8)):
         step = jax.jit(lambda x, w: placed_einsum(equation, x, w, place, einsum))
-        assert "shard_map" not in str(step.trace(normal(0, 8, 1, 16), normal(1, *shape)).jaxpr)
-        assert "shard_map" in str(step.trace(normal(0, 8, 2, 16), normal(1, *shape)).jaxpr)
+        assert "shard_map" not in str(step.trace(normal(0, 8, 1, 64), normal(1, 64, 4, 6)).jaxpr)
+        assert "shard_map" in str(step.trace(normal(0, 8, 2, 64), normal(1, 64, 4, 6)).jaxpr)
+
+
+def test_a_weight_somewhat_longer_than_its_rows_is_gathered() -> None:
+    """The mergers of a few small pictures: 64 rows meet 192 of the weight."""
+    equation, _, place = MERGER
+    found = sent(lambda w, x: placed_einsum(equation, x, w, place, einsum), place, normal(1, 192, 192), normal(0, 8, 8, 192))
+    assert found.keys() == {"all-gather", "reduce-scatter"}, found
 
 
 def test_partial_sums_of_experts_are_of_a_devices_own_tokens() -> None:
