@@ -127,6 +127,11 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.rows.split(",")) - {*ROWS, ""}:
         parser.error(f"--rows: {', '.join(sorted(unknown))} unknown, expected some of {', '.join(ROWS)}")
+    for name in ("layers", "pairs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}, expected 1 or more")
+    if not args.out.parent.is_dir():  # known before the minutes of measuring
+        parser.error(f"--out {args.out}: {args.out.parent} is no directory")
     sizes = rows.Sizes(layers=args.layers, pairs=args.pairs, limit=args.limit, torch_compile=args.torch_compile)
     timed, curves = earlier(args.out) if args.add else ({}, [])
     for name in filter(None, args.rows.split(",")):

@@ -76,12 +76,13 @@ def placed_einsum(equation: str, x: jax.Array, w: jax.Array | QuantisedWeight, p
 
     Dim 0 of x is spread as rows of text are where there is a dim T, else as rows of patches; a dim T as text columns, and a dim
     that the table splits over `tensor` likewise.
-    A weight longer than x has rows (a decoding step) is left to the partitioner: moving x is then cheaper than gathering w.
+    A weight over four times as long as x has rows (a decoding step) is left to the partitioner: moving x and partial sums of the
+    product is then cheaper than gathering w.
     """
     mesh = active_mesh()
     inputs, output = equation.split("->")
     x_letters, w_letters = inputs.split(",")
-    if mesh is None or math.prod(x.shape[:2]) < w.shape[0]:
+    if mesh is None or 4 * math.prod(x.shape[:2]) < w.shape[0]:
         return product(equation, x, w[...])
     if x_letters.startswith("..."):
         lead = "RP"[: x.ndim - len(x_letters) + 3]

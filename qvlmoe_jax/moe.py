@@ -224,12 +224,12 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             rows = kernel(rows, group_sizes)
         with jax.named_scope("combine"):
             y = combine(rows, order, weights)
-            if layout.tensor:
-                y = jax.lax.psum(y, "tensor")
             if layout.gather_tokens:
                 y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
             elif layout.experts:
                 y = jax.lax.psum(y, "expert")
+            if layout.tensor:  # of this device's own tokens: before the scatter, forward and backward, it would be of all of them
+                y = jax.lax.psum(y, "tensor")
         return y.reshape(x_BTD.shape), stats
 
     def _exchanged(

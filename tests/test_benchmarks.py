@@ -59,6 +59,16 @@ def test_the_accelerators_rows_run() -> None:
     assert "%" in rows[-1].line(peak=1.0) and rows[0].line(peak=None).count("|") == 7
 
 
+@pytest.mark.parametrize(
+    "flags, said", [(["--pairs", "0"], "--pairs 0, expected 1 or more"), (["--out", "/no/such/t"], "no directory")]
+)
+def test_the_table_refuses_before_it_measures(flags: list[str], said: str) -> None:
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", "benchmarks.table", "--rows", "", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 2 and said in done.stderr
+
+
 @pytest.mark.slow
 def test_the_table_is_written(tmp_path: Path) -> None:
     """One cheap row, in its own process: the module settles threads before jax is imported."""

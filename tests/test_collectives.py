@@ -11,16 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qvlmoe_jax import spread
+from qvlmoe_jax import Qwen3VLMoeConfig, spread
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.collectives import gather_dim, placed_einsum, placed_lookup
 from qvlmoe_jax.layers import einsum
+from qvlmoe_jax.moe import Qwen3VLMoeTextSparseMoeBlock
 from qvlmoe_jax.sharding import BATCH, fit, make_mesh, partition_spec
-from tests import tolerances
+from tests import tiny, tolerances
 from train import hlo, topology
 from train.loss import training_loss
 
@@ -186,8 +188,29 @@ def test_gradients_of_keys_are_reduce_scattered(sizes: dict[str, Any], limit: in
 
 
 def test_a_decoding_step_is_left_to_the_partitioner() -> None:
-    equation, shape, place = ATTENTION
+    equation, _, place = ATTENTION
     with jax.set_mesh(make_mesh(fsdp=8)):
         step = jax.jit(lambda x, w: placed_einsum(equation, x, w, place, einsum))
-        assert "shard_map" not in str(step.trace(normal(0, 8, 1, 16), normal(1, *shape)).jaxpr)
-        assert "shard_map" in str(step.trace(normal(0, 8, 2, 16), normal(1, *shape)).jaxpr)
+        assert "shard_map" not in str(step.trace(normal(0, 8, 1, 64), normal(1, 64, 4, 6)).jaxpr)
+        assert "shard_map" in str(step.trace(normal(0, 8, 2, 64), normal(1, 64, 4, 6)).jaxpr)
+
+
+def test_a_weight_somewhat_longer_than_its_rows_is_gathered() -> None:
+    """The mergers of a few small pictures: 64 rows meet 192 of the weight."""
+    equation, _, place = MERGER
+    found = sent(lambda w, x: placed_einsum(equation, x, w, place, einsum), place, normal(1, 192, 192), normal(0, 8, 8, 192))
+    assert found.keys() == {"all-gather", "reduce-scatter"}, found
+
+
+def test_partial_sums_of_experts_are_of_a_devices_own_tokens() -> None:
+    """Forward, the cotangent, and the gradient of the input: each of a quarter of the tokens that the expert axis gathers."""
+    config = Qwen3VLMoeConfig.from_hf(tiny.TINY).text_config
+    block = Qwen3VLMoeTextSparseMoeBlock(config, backend=BackendConfig(experts="tiles"), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = normal(0, 8, 16, config.hidden_size)
+    sizes: dict[str, Any] = {"data": 1, "fsdp": 1, "expert": 4, "tensor": 2, "context": 1}
+    with jax.set_mesh(mesh := make_mesh(**sizes)):
+        placed = jax.device_put(x, NamedSharding(mesh, P(BATCH)))
+        step = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.square(block(x, jnp.ones(x.shape[:2], bool))[0]))))
+        found = hlo.collectives(step.lower(placed).compile().as_text() or "", sizes)
+    summed = sum(one.wire_bytes for one in found if one.axes == ("tensor",))
+    assert summed == pytest.approx(3 * x.nbytes / 4, rel=0.1), found

@@ -73,6 +73,36 @@ def test_flops_count_the_tower_and_what_is_frozen() -> None:
     assert step_flops(config, counts, trained, frozen) == pytest.approx(forward["vision"] + forward["merger"] + 3 * rest)
 
 
+def test_flops_follow_what_is_multiplied_not_what_is_stored() -> None:
+    config = Qwen3VLMoeConfig.from_hf(tiny.TINY)
+    counts = Counts(tokens=10, slots=64, samples=1, token_pairs=55)
+    params, text = abstract_params(config), config.text_config
+    whole = step_flops(config, counts, params, {})
+    # A table that is looked up has no product; of the experts only the chosen ones have.
+    assert step_flops(config, counts, *split_frozen(params, [".*embed_tokens/.*"])) == pytest.approx(whole)
+    chosen = 2 * 10 * text.num_experts_per_tok * 3 * text.hidden_size * text.moe_intermediate_size
+    chosen *= text.layer_kinds().count("moe")
+    assert step_flops(config, counts, *split_frozen(params, ["experts"])) == pytest.approx(whole - chosen)
+    # A tied head is the table: frozen, it needs no gradient.
+    tied = dataclasses.replace(config, tie_word_embeddings=True)
+    params = {path: leaf for path, leaf in params.items() if path != "lm_head"}
+    head = forward_flops(tied, counts)["head"]
+    assert step_flops(tied, counts, params, {}) == pytest.approx(whole)
+    assert step_flops(tied, counts, *split_frozen(params, [".*embed_tokens/.*"])) == pytest.approx(whole - head)
+
+
+def test_flops_of_attention_do_not_depend_on_what_is_trained() -> None:
+    """Both factors of its products are inputs: two passes backward, where a frozen weight costs one."""
+    config = Qwen3VLMoeConfig.from_hf(tiny.TINY)
+    one, more = (Counts(tokens=10, slots=64, samples=1, token_pairs=pairs) for pairs in (55, 155))
+    params = abstract_params(config)
+    frozen_layers = split_frozen(params, [".*language_model/layers/.*"])
+    for trained, frozen in ((params, {}), frozen_layers):
+        grown = step_flops(config, more, trained, frozen) - step_flops(config, one, trained, frozen)
+        text = config.text_config
+        assert grown == pytest.approx(3 * 100 * 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers)
+
+
 def test_peaks_by_the_longest_name() -> None:
     assert peak_tflops("TPU v5 lite") == 197 and peak_tflops("TPU v5p") == 459
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989

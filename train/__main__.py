@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import traceback
@@ -58,12 +59,19 @@ def _plan(arguments: Sequence[str]) -> int:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("--topology", help="kind:AxB[xC] of v4, v5e, v5p, v6e, tpu7x; v5p:4x4x4 is 64 chips")
     parser.add_argument("--dataset-tokens", type=float, help="also say how long one pass over so many text tokens takes")
-    parser.add_argument("--sweep", action="store_true", help="try meshes, remat and batch sizes; print the best that fits")
+    sweep = "try fsdp x expert, dispatch, remat full and dots, and 1, 2 and 4 times the batch rows; print the best that fits"
+    parser.add_argument("--sweep", action="store_true", help=sweep)
     parser.add_argument("--programs", type=int, default=4, help="how many programs a sweep compiles at most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     options, overrides = parser.parse_known_args(arguments)
     if options.topology is None:
         raise UsageError("plan needs --topology, such as v5p:4x4x4; see python -m train plan --help")
+    if options.dataset_tokens is not None and not 0 < options.dataset_tokens < math.inf:
+        raise UsageError(f"--dataset-tokens {options.dataset_tokens}, expected a number of tokens above 0")
+    if options.programs < 1:
+        raise UsageError(f"--programs {options.programs}, expected 1 or more")
+    if options.json is not None and not options.json.parent.is_dir():  # known before the minutes of compiling
+        raise UsageError(f"--json {options.json}: {options.json.parent} is no directory, expected one to write to")
     from train import topology
 
     chosen = topology.Topology.parse(options.topology)
@@ -72,8 +80,13 @@ def _plan(arguments: Sequence[str]) -> int:
 
     config = load_config(options.config, overrides)
     from train import plan
+    from train.errors import DoesNotFit
 
-    made = plan.sweep(config, chosen, programs=options.programs) if options.sweep else plan.make_plan(config, chosen)
+    try:
+        made = plan.sweep(config, chosen, programs=options.programs) if options.sweep else plan.make_plan(config, chosen)
+    except DoesNotFit as error:
+        print(f"{chosen.name}: DOES NOT FIT: {error}")
+        return 1
     if made is None:
         return 1
     print(plan.report(made, options.dataset_tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import resource
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from qvlmoe_jax import Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGenerati
 from qvlmoe_jax.adapters import adapt, split_adapters
 from qvlmoe_jax.sharding import batch_shardings
 from train.config import TrainConfig
+from train.errors import DoesNotFit
 from train.lora import as_library
 from train.optim import make_optimizer, schedule
 from train.router import bias_shape
@@ -27,6 +29,8 @@ from train.state import TrainState, init_state, state_shardings
 from train.step import make_train_step
 
 GIB = 2**30
+_OUT_OF_MEMORY = re.compile(r"[Rr]an out of memory on HBM[^\n]*?exceeds[^\n]*?\)")
+"""What the TPU compiler says of a program that it cannot fit into a device, up to the two sizes."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu") -> P
 
     Args:
       platform: of those devices; settles the backend's `auto` choices.
+    Raises:
+      DoesNotFit: the compiler finds no way to hold the step in a device's memory.
     """
     start = time.perf_counter()
     described = model_config(config)
@@ -128,7 +134,13 @@ def compile_step(config: TrainConfig, mesh: Mesh, *, platform: str = "tpu") -> P
             state=state,
             mesh=mesh,
         )
-        compiled = step.lower(state, batch).compile()
+        lowered = step.lower(state, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if (short := _OUT_OF_MEMORY.search(str(error))) is None:
+                raise
+            raise DoesNotFit(short[0]) from None
     seconds = time.perf_counter() - start
     return Program(
         compiled.as_text() or "", _memory(compiled), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -171,11 +171,12 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
     @functools.cache
     def inside(name: str) -> tuple[Collective, ...]:
         lines = program[name].lines
+        made = dict(lines)
         started = {used for _, rhs in lines if _CHAIN_START in rhs for used in _USED.findall(rhs)}
         once = (rhs for own, rhs in lines if own in started or not (_CHAINED in rhs and is_collective(rhs)))
-        return tuple(found for rhs in once for found in _of(rhs))
+        return tuple(found for rhs in once for found in _of(rhs, made))
 
-    def _of(rhs: str) -> Iterator[Collective]:
+    def _of(rhs: str, made: Mapping[str, str]) -> Iterator[Collective]:
         opcode, result = _opcode(rhs)
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
@@ -185,6 +186,10 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
                 # (operands..., results..., contexts...): the results are the second of the equal halves
                 sizes = [n for n in sizes if n > 4] or sizes
                 sizes = sizes[len(sizes) // 2 :]
+            if kind == "ragged-all-to-all":
+                # Rows sent lie in a buffer for the worst routing at one end. At the other they fill it, whatever the routing.
+                operand = made[_USED.findall(rhs[rhs.index(f"{opcode}(") :])[0]]
+                sizes = [min(sum(sizes), sum(shape_bytes(_opcode(operand)[1])))]
             scope = name[1] if (name := _OP_NAME.search(rhs)) else ""
             if size > 1:
                 yield Collective(kind, axes, size, 1, wire_bytes(kind, sum(sizes), size), scope)

@@ -15,7 +15,7 @@ from qvlmoe_jax import Qwen3VLMoeConfig, make_mesh
 from train.aot import GIB, Program, compile_step, model_config
 from train.config import TrainConfig
 from train.config_tree import plain
-from train.errors import TrainingError
+from train.errors import DoesNotFit, TrainingError
 from train.hlo import Collective, by_kind, collectives
 from train.roofline import RUNS, Estimate, calibrate, estimate, gaps
 from train.topology import Topology, open_devices
@@ -69,7 +69,12 @@ def check(config: TrainConfig, topology: Topology) -> None:
 
 
 def make_plan(config: TrainConfig, topology: Topology) -> Plan:
-    """Compiles the config's step for the topology and reads the program."""
+    """Compiles the config's step for the topology and reads the program.
+
+    Raises:
+      TrainingError: the mesh is not the topology's size, or libtpu refuses the topology.
+      DoesNotFit: the compiler gave up on memory, so there is no program to read.
+    """
     check(config, topology)
     devices = open_devices(topology)
     hosts = len({device.process_index for device in devices})
@@ -132,7 +137,7 @@ def roofline_lines(plan: Plan) -> Iterator[str]:
     e, kind = plan.roofline, plan.topology.kind
     yield f"Model FLOPs per device and step: {e.model * plan.topology.chip.tflops / plan.topology.chip.devices:.1f} TFLOP"
     yield "Roofline, seconds per step (assumptions: train/roofline.py)"
-    yield f"  compute {e.compute:.3f}   HBM {e.hbm:.3f}   ICI {e.ici_fast:.3f} (all links) to {e.ici_slow:.3f} (one torus side)"
+    yield f"  compute {e.compute:.3f}   HBM {e.hbm:.3f}   ICI {e.ici_fast:.3f} (all torus sides) to {e.ici_slow:.3f} (one)"
     yield f"  best  {_time(e.best):>9}  MFU {e.mfu_best:5.1%}  all three overlapped; bound by {e.binding}"
     yield f"  worst {_time(e.worst):>9}  MFU {e.mfu_worst:5.1%}  nothing overlapped, slow ICI"
     low, high = gaps(kind)
@@ -197,6 +202,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+_REMATS = ("full", "dots")
+"""What a sweep tries, by what is kept."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A choice of the sweep, with what the formula says before compiling: seconds per text token."""
@@ -210,6 +219,13 @@ class Candidate:
         backend, data = self.config.backend, self.config.data
         return f"{sizes} remat={backend.remat} dispatch={backend.dispatch} batch_rows={data.batch_rows}"
 
+    def holds_no_less(self, other: Candidate) -> bool:
+        """Whether it surely needs the memory of `other`: the same but for more rows, or more kept for the backward pass."""
+        mine, its = self.config, other.config
+        alike = mine.mesh == its.mesh and mine.backend.dispatch == its.backend.dispatch
+        kept = _REMATS.index(mine.backend.remat) >= _REMATS.index(its.backend.remat)
+        return alike and kept and mine.data.batch_rows >= its.data.batch_rows
+
 
 def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
     """Meshes (fsdp x expert, the other axes as configured), dispatch, remat and batch choices, quickest per token first by the
@@ -221,7 +237,7 @@ def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
     found = []
     for expert in (n for n in (1, 2, 4, 8, 16, 32, 64) if spread % n == 0 and experts % n == 0):
         dispatches = ("allgather", "all_to_all") if expert > 1 else ("allgather",)
-        for dispatch, remat, times in itertools.product(dispatches, ("full", "dots"), (1, 2, 4)):
+        for dispatch, remat, times in itertools.product(dispatches, _REMATS, (1, 2, 4)):
             tried = dataclasses.replace(
                 config,
                 mesh=dataclasses.replace(config.mesh, expert=expert, fsdp=spread // expert),
@@ -236,7 +252,8 @@ def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
 
 def sweep(config: TrainConfig, topology: Topology, *, programs: int, say: Any = print) -> Plan | None:
     """Compiles candidates from the quickest down, at most so many `programs`, until none of the others can be quicker than the
-    best that fits: the formula counts the least a mesh must send, the compiled program may send more.
+    best that fits: the formula counts the least a mesh must send, the compiled program may send more. What needs the memory of
+    one that did not fit, and more, is not compiled.
 
     Returns:
       the quickest that fits, by what its program sends, or None.
@@ -245,19 +262,32 @@ def sweep(config: TrainConfig, topology: Topology, *, programs: int, say: Any = 
     ranked = candidates(config, topology)
     say(f"{len(ranked)} choices, quickest first by the formula; compiling at most {programs}")
     best, best_seconds = None, math.inf
-    for candidate in ranked[:programs]:
-        if candidate.per_token >= best_seconds:
+    compiled: list[Candidate] = []
+    too_big: list[Candidate] = []
+    for candidate in ranked:
+        if len(compiled) == programs or candidate.per_token >= best_seconds:
             break
-        made = make_plan(candidate.config, topology)
+        if any(candidate.holds_no_less(other) for other in too_big):
+            continue
+        compiled.append(candidate)
+        try:
+            made = make_plan(candidate.config, topology)
+        except DoesNotFit as error:
+            say(f"  {candidate.name}: {candidate.per_token * 1e9:.2f} ns per token by the formula, does not fit: {error}")
+            too_big.append(candidate)
+            continue
         seconds = _slow_links(made.roofline) / made.tokens
         peak = made.program.memory["peak"] / GIB
         verdict = "fits" if made.fits else "does not fit"
         time = f"{candidate.per_token * 1e9:.2f} ns per token by the formula, {seconds * 1e9:.2f} by what it sends"
         say(f"  {candidate.name}: {time}, peak {peak:.2f} GiB, {verdict}")
-        if made.fits and seconds < best_seconds:
+        if not made.fits:
+            too_big.append(candidate)
+        elif seconds < best_seconds:
             best, best_seconds = made, seconds
     if best is None:
-        say("  none of these fits; not compiled: " + "; ".join(candidate.name for candidate in ranked[programs : programs + 3]))
+        rest = [c for c in ranked if c not in compiled and not any(c.holds_no_less(other) for other in too_big)]
+        say("  none of these fits; not compiled: " + "; ".join(c.name for c in rest[:3]))
     return best
 
 

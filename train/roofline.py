@@ -3,11 +3,11 @@
 Assumptions, on purpose few:
 - compute: executed FLOPs (the model's, and the forward pass of the layers again under full remat) at the chip's peak.
 - HBM: bytes of the state, the weights and the activations, counted by formula (`hbm_bytes`), at the chip's peak.
-- ICI: bytes on the wire per device. Fast: every link of the chip, both directions of every torus side, busy at once. Slow: one
-  side of the torus at a time, and half of that where the side is too short to wrap around.
+- ICI: bytes on the wire per device. Fast: every torus side busy at once, in both directions. Slow: one side of the torus at a
+  time. A side too short to wrap around counts as one link, since the chips at its ends have no more and all wait for them.
 - best step: the three overlap wholly, so the longest binds. Worst step: none overlaps, and ICI is slow: their sum.
 Neither knows of kernels that miss the peak, of routing imbalance or of stragglers. What that costs is read off published
-runs: the same formula gives them 75 % or so, they measured 26 to 55 %. `calibrated` divides by exactly that gap.
+runs: the same formula gives them 75 % or so, they measured 26 to 55 %. The calibrated range is the best times exactly that gap.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def estimate(work: Work, topology: Topology) -> Estimate:
     """The roofline of one device of the topology."""
     chip = topology.chip
     flops = chip.tflops * 1e12 / chip.devices
-    out = chip.ici_gbps * 1e9 / 2 / chip.devices  # one direction of all links
-    wraps = min(topology.shape) >= chip.whole_from
+    link = chip.ici_gbps * 1e9 / 2 / (2 * chip.dims) / chip.devices  # one direction
+    links = [n for n in topology.links if n] or [1]
     return Estimate(
         compute=work.executed_flops / flops,
         hbm=work.hbm_bytes / (chip.hbm_gbps * 1e9 / chip.devices),
-        ici_fast=work.wire_bytes / out,
-        ici_slow=work.wire_bytes / (out / chip.dims * (1 if wraps else 0.5)),
+        ici_fast=work.wire_bytes / (link * sum(links)),
+        ici_slow=work.wire_bytes / (link * min(links)),
         model=work.model_flops / flops,
     )
 

@@ -68,6 +68,14 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
+    def links(self) -> tuple[int, ...]:
+        """Along each side, the links of the chip that has fewest: two where the side wraps around, else one, at its ends; none
+        where the side is one chip. (A side of a 2-D slice wraps by itself, a 3-D slice wraps if it is made of whole cubes.)"""
+        whole_from = self.chip.whole_from
+        wraps = [(n if self.chip.dims == 2 else min(self.shape)) >= whole_from for n in self.shape]
+        return tuple(0 if n == 1 else 2 if whole else 1 for n, whole in zip(self.shape, wraps, strict=True))
+
+    @property
     def name(self) -> str:
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 

@@ -22,6 +22,7 @@ from qvlmoe_jax.remat import is_recomputed
 from qvlmoe_jax.sharding import BATCH, PICTURES, axes_in, axes_of, fit, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
+from train.flops import backward_parts, part_of
 from train.parameters import parameters
 
 
@@ -58,9 +59,12 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
     sizes: Mapping[str, int] = mesh.shape
     width = jnp.dtype(config.model.compute_dtype).itemsize
     trained, frozen = parameters(config, model)
+    back = backward_parts(trained)
     quantisation = config.lora and config.lora.base_quantization
     terms: list[tuple[tuple[str, tuple[str, ...]], float]] = []
     for path, leaf in (trained | frozen).items():
+        if "visual/" in path and not config.data.vision_rows:
+            continue  # a step without rows of patches runs no tower
         shape = leaf.shape
         spec = partition_spec(path, shape, mesh)
         experts = "mlp/experts" in path
@@ -71,7 +75,7 @@ def _weights(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tu
         size = quantised_bytes(quantisation, shape, dims) if quantisation and dims else math.prod(shape) * width
         whole = size / math.prod(sizes[a] for a in held if a not in gathered)
         n = math.prod(sizes[a] for a in gathered)
-        gathers = 2 if is_recomputed(path, config.backend) else 1
+        gathers = 2 if is_recomputed(path, config.backend) and part_of(path) in back else 1
         reduced = 1 if path in trained else 0
         name = "experts" if experts else "weights"
         # one axis after the other, the minor one first; backward the other way round
@@ -106,18 +110,25 @@ def _tokens(config: TrainConfig, model: Qwen3VLMoeConfig, mesh: Any) -> list[tup
         to_experts = moe * (5 if again else 4) * activations * (e - 1)
     keys = config.data.accumulation * local * heads * text.head_dim * 2 * width
     # rows of patches are spread over context too; their tokens, and what DeepStack takes, go to where the text is
+    back = backward_parts(parameters(config, model)[0])
     groups, vision = data.num_groups(config.mesh.batch_shards), model.vision_config
     (picture_rows,) = fit((PICTURES,), (groups * data.vision_rows,), mesh)
     spread = "context" in axes_of(picture_rows)
     merged = groups * data.vision_rows * data.row_patches // vision.merge_unit / math.prod(sizes[a] for a in BATCH)
     levels = 1 + len(vision.deepstack_visual_indexes)
     seen = config.data.accumulation * spread * merged * levels * vision.out_hidden_size * width
+    patches = config.data.accumulation * merged * vision.merge_unit / (c if spread else 1) * width
+    # two sums forward, two backward; recomputing repeats the first, the second's result is not needed again. The vocabulary is
+    # split too: one sum for the embedding, one for the gradient of the head's input.
+    passes = 5 if again else 4
+    summed = (passes * len(kinds) + 2) * activations
+    summed += vision.depth * (passes if "vision" in back else 2) * vision.hidden_size * patches
+    summed += levels * (vision.out_hidden_size / vision.merge_unit + ("vision" in back) * vision.hidden_size) * patches
     return [
         (("tokens to experts", ("expert",)), to_experts),
         (("keys and values", ("context",)), len(kinds) * (3 if again else 2) * keys * (c - 1)),
-        (("visual tokens", ("context",)), 2 * seen * (c - 1) / c),
-        # two sums forward, two backward; recomputing repeats the first, the second's result is not needed again
-        (("partial sums", ("tensor",)), len(kinds) * (5 if again else 4) * 2 * activations * (t - 1) / t),
+        (("visual tokens", ("context",)), (2 if "merger" in back else 1) * seen * (c - 1) / c),
+        (("partial sums", ("tensor",)), 2 * summed * (t - 1) / t),
     ]
 
 

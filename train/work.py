@@ -13,7 +13,7 @@ from qvlmoe_jax.sharding import axes_in, partition_spec
 from train.config import TrainConfig
 from train.config_tree import plain
 from train.feed import Counts
-from train.flops import forward_flops, step_flops
+from train.flops import attention_flops, backward_parts, forward_flops, step_flops
 from train.parameters import parameters
 from train.roofline import Work
 from train.wire import MeshSizes
@@ -39,20 +39,20 @@ def full_counts(config: TrainConfig) -> Counts:
 def work(config: TrainConfig, model: Qwen3VLMoeConfig, devices: int, wire_bytes: float) -> Work:
     """One device's share of a step, evenly spread (routing balanced)."""
     counts = full_counts(config)
-    needed = step_flops(model, counts, *parameters(config, model))
+    trained, frozen = parameters(config, model)
+    needed = step_flops(model, counts, trained, frozen)
     forward = forward_flops(model, counts)
     text = model.text_config
     experts = 2.0 * counts.tokens * text.num_experts_per_tok * 3 * text.hidden_size * text.moe_intermediate_size
     again = {
         "none": 0.0,
-        "full": forward["text"] + forward["vision"],
+        "full": sum(forward[part] for part in ("vision", "text") if part in backward_parts(trained)),
         "dots": experts * text.layer_kinds().count("moe"),  # ragged products are no dots: they are recomputed
     }[config.backend.remat]
     # Shards of `context` are consecutive columns: the last sees (2 - 1/c) times the average of a document's causal pairs, and
     # the others wait for it.
     passes = {"none": 3, "dots": 4, "full": 4}[config.backend.remat]
-    pairs = 4.0 * counts.token_pairs * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    waiting = passes * pairs * (1 - 1 / plain(config.mesh)["context"])
+    waiting = passes * attention_flops(model, counts)["text"] * (1 - 1 / plain(config.mesh)["context"])
     return Work(needed / devices, (needed + again + waiting) / devices, hbm_bytes(config, model, counts, devices), wire_bytes)
 
 
