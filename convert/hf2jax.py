@@ -88,6 +88,10 @@ def hf2jax(
         report(f"{destination}: was whole already")
         return
     check_destination(source, destination, overwrite)
+    try:
+        str(destination.resolve()).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{destination}: the name is not UTF-8, which Orbax needs; expected another DST") from None
     if overwrite:
         check_replaced(destination.resolve())
     weights = open_source(source)

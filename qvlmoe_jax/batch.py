@@ -85,10 +85,12 @@ class Batch:
         ids = _host(input_ids, "input_ids", 2)
         mask = np.ones(ids.shape, bool) if attention_mask is None else _host(attention_mask, "attention_mask", 2) != 0
         B, T0 = ids.shape
+        if not ids.size:
+            raise BatchError(f"input_ids have shape {[B, T0]}, expected at least one row and one column")
         if mask.shape != ids.shape:
             raise BatchError(f"attention_mask has shape {list(mask.shape)}, expected input_ids' {[B, T0]}")
         vocab = config.text_config.vocab_size
-        if ids.size and not (0 <= ids.min() and ids.max() < vocab):
+        if not (0 <= ids.min() and ids.max() < vocab):
             bad = ids.max() if ids.max() >= vocab else ids.min()
             raise BatchError(f"input_ids contain {bad}, outside the vocabulary; expected 0 .. {vocab - 1}")
         if groups < 1 or B % groups:
@@ -227,14 +229,17 @@ class Media:
         return ordered, rows
 
 
-def _host(value: Any, name: str, ndim: int, *, integer: bool = True) -> np.ndarray:
+def _host(value: Any, name: str, *ndim: int, integer: bool = True) -> np.ndarray:
     """numpy from numpy, torch (any device or dtype) or nested lists."""
     if hasattr(value, "detach"):  # torch, without importing it
         value = value.detach().cpu()
         value = (value.float() if not integer and value.element_size() < 4 else value).numpy()
-    array = np.asarray(value)
-    if array.ndim != ndim:
-        raise BatchError(f"{name} has {array.ndim} dims, expected {ndim}")
+    try:
+        array = np.asarray(value)
+    except ValueError:  # numpy's own says neither which argument nor what to do
+        raise BatchError(f"{name} has rows of different lengths, expected one length; pad the shorter ones") from None
+    if array.ndim not in ndim:
+        raise BatchError(f"{name} has {array.ndim} dims, expected {' or '.join(map(str, ndim))}")
     if integer and array.dtype.kind not in "iub":
         raise BatchError(f"{name} is {array.dtype}, expected integers")
     return array
@@ -260,7 +265,7 @@ def _given_labels(labels: Any, shape: tuple[int, ...], vocab: int) -> np.ndarray
 
 
 def _given_positions(position_ids: Any, B: int, T: int) -> np.ndarray:
-    positions = np.asarray(position_ids)
+    positions = _host(position_ids, "position_ids", 2, 3)
     if positions.ndim == 2:
         positions = np.broadcast_to(positions, (3, *positions.shape))
     if positions.ndim == 3 and positions.shape[0] == 4:

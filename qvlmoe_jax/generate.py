@@ -19,6 +19,7 @@ from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.cache import KVCache, cache_bytes, init_cache
 from qvlmoe_jax.errors import GenerationError
 from qvlmoe_jax.frames import bucket
+from qvlmoe_jax.generation_config import MAX_ID
 from qvlmoe_jax.incremental import decode_step, head, prefill, read, text_columns
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.sampling import Sampling, choose, mark, penalise
@@ -60,8 +61,8 @@ def generate(
     Returns:
       int32 `[B, max_new_tokens]`, each row filled with pad after its end.
     Raises:
-      GenerationError: sampling values out of range, a batch with packed or empty rows, a cache too small (says what would fit)
-        or of another model.
+      GenerationError: sampling values out of range, ids that are none, a batch with packed or empty rows, a cache too small (says
+        what would fit) or of another model.
     """
     sampling = Sampling.of(
         temperature=temperature,
@@ -118,9 +119,18 @@ def _count(name: str, value: Any) -> int:
 
 def _stop_and_pad(model: Any, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None) -> tuple[np.ndarray, np.int32]:
     known = model.generation_config
-    stop = np.atleast_1d(np.asarray(known.eos_token_id if eos_token_id is None else eos_token_id, np.int32))
+    stop = _ids("eos_token_id", known.eos_token_id if eos_token_id is None else eos_token_id)
     candidates = (pad_token_id, known.pad_token_id, *stop.tolist(), 0)
-    return stop, np.int32(next(pad for pad in candidates if pad is not None))
+    (pad,) = _ids("pad_token_id", next(pad for pad in candidates if pad is not None))
+    return stop, pad
+
+
+def _ids(name: str, value: Any) -> np.ndarray:
+    """Token ids `[n]` int32 from one or a sequence of them; a negative one is of no token, and stands for none."""
+    ids = np.atleast_1d(np.asarray(value))
+    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or ids.max() > MAX_ID or ids.min() < -MAX_ID)):
+        raise GenerationError(f"{name} = {value!r}, expected one token id or a sequence of them, none above {MAX_ID}")
+    return ids.astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ B batch, T length, D hidden, V vocab, G vision groups, R rows, P patches, M merg
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -330,8 +331,9 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         return self.lm_head
 
     def set_output_embeddings(self, head: Linear | None) -> None:
-        """Replaces the head; None ties it to the embedding."""
+        """Replaces the head; None ties it to the embedding. The config says which, for whoever saves the model."""
         self.lm_head = nnx.data(head)  # a tied model made it as None, which nnx took for a static attribute
+        self.config = self.model.config = dataclasses.replace(self.config, tie_word_embeddings=head is None)
 
 
 ModelClass = Qwen3VLMoeForConditionalGeneration

@@ -172,8 +172,9 @@ def test_position_ids_of_every_rank() -> None:
     _refused(
         r"position_ids have shape \[5, 2, 6\], expected \[2, 6\], \[3, 2, 6\] or \[4, 2, 6\]",
         inputs,
-        position_ids=np.zeros((5, 2, 6)),
+        position_ids=np.zeros((5, 2, 6), int),
     )
+    _refused("position_ids is float64, expected integers", inputs, position_ids=two + 0.5)
 
 
 def test_count_mismatch_names_both_counts() -> None:
@@ -202,6 +203,9 @@ def test_runs_that_do_not_fit_their_frames_are_refused() -> None:
         ("input_ids contain 256, outside the vocabulary; expected 0 .. 255", {"input_ids": np.array([[1, 256]])}),
         ("input_ids contain -1, outside", {"input_ids": np.array([[1, -1]])}),
         ("input_ids has 1 dims, expected 2", {"input_ids": np.array([1, 2])}),
+        (r"input_ids have shape \[0, 4\], expected at least one row and one column", {"input_ids": np.zeros((0, 4), int)}),
+        (r"input_ids have shape \[2, 0\], expected at least one row and one column", {"input_ids": np.zeros((2, 0), int)}),
+        ("input_ids has rows of different lengths, expected one length; pad the shorter", {"input_ids": [[1, 2], [3]]}),
         ("input_ids is float64, expected integers", {"input_ids": np.array([[1.0, 2.0]])}),
         (r"attention_mask has shape \[1, 3\], expected input_ids' \[1, 2\]", {"attention_mask": np.ones((1, 3), int)}),
         ("text_length = 1 is too short for input_ids of 2 columns", {"text_length": 1}),

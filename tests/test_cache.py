@@ -145,6 +145,10 @@ def test_what_does_not_fit_is_refused_with_what_would(model) -> None:
         init_cache(model.config, 0, 5)
     with pytest.raises(GenerationError, match=r"max_new_tokens = 2\.5, expected a positive"):
         generate(model, one, max_new_tokens=2.5)  # pyright: ignore[reportArgumentType]
+    for name in ("eos_token_id", "pad_token_id"):
+        for ids in ("</s>", 2.5, 10**12, {1, 2}):
+            with pytest.raises(GenerationError, match=f"{name} = .*, expected one token id or a sequence of them"):
+                generate(model, one, max_new_tokens=1, **{name: ids})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -216,9 +220,7 @@ def test_sharded_is_single(model, sizes: Any, rows: int) -> None:
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         spread = model.with_params(jax.device_put(model.params(), tree_shardings(model.params(), mesh)))
-        np.testing.assert_array_equal(
-            generate(spread, batch(model, *names), max_new_tokens=16, eos_token_id=()), expected
-        )
+        np.testing.assert_array_equal(generate(spread, batch(model, *names), max_new_tokens=16, eos_token_id=()), expected)
         own = init_cache(model.config, rows, 96)
         if sizes.get("tensor"):
             assert own.k.sharding.shard_shape(own.k.shape)[3] == 1, "kv heads are spread over tensor"

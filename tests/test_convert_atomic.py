@@ -69,6 +69,14 @@ def test_source_and_destination_must_lie_apart(place: str, source: Path, capsys:
     assert snapshot(source.parent) == before
 
 
+def test_a_name_that_orbax_cannot_write_is_refused(source: Path, tmp_path: Path, capsys: Captured) -> None:
+    """A byte of the command line that is no UTF-8 comes as a lone surrogate; TensorStore raised on it, all the data written."""
+    assert main(["hf2jax", str(source), str(tmp_path / "jax\udcff")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not UTF-8, which Orbax needs" in error
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a bug")])
 def test_a_run_that_fails_changes_nothing_and_can_be_resumed(

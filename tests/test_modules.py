@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -286,7 +287,7 @@ def test_block_coordinates_are_merge_block_major(pair):
         np.testing.assert_array_equal(np.stack(block_coordinates(h * merge, w * merge, merge), -1), expected.numpy())
 
 
-def test_a_tied_model_takes_a_head_and_gives_it_back() -> None:
+def test_a_tied_model_takes_a_head_and_gives_it_back(tmp_path: Path) -> None:
     model = Qwen3VLMoeForConditionalGeneration.from_config(tiny.variant(tiny.TINY, tie_word_embeddings=True), nnx.Rngs(0))
     text = model.config.text_config
     batch = Batch.from_hf(model.config, input_ids=np.arange(5)[None])
@@ -297,5 +298,9 @@ def test_a_tied_model_takes_a_head_and_gives_it_back() -> None:
     model.set_output_embeddings(head)
     assert model.get_output_embeddings() is not None
     assert not jax.jit(lambda model, batch: model(batch).logits)(model, batch).any()
+    model.save_pretrained(tmp_path / "untied")
+    assert not Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "untied")(batch).logits.any()
     model.set_output_embeddings(None)
     assert np.array_equal(model(batch).logits, tied)
+    model.save_pretrained(tmp_path / "tied")
+    assert np.array_equal(Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "tied")(batch).logits, tied)
