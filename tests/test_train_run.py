@@ -44,6 +44,24 @@ def test_one_program_per_run(tmp_path: Path) -> None:
         pass
 
 
+def test_a_file_in_the_way_of_a_run_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=r"^run = .* cannot be made \(.*\), expected a new directory"), only_writer(run):
+            pass
+
+
+def test_what_cannot_run_or_be_written_here_is_said_before_the_first_step(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "file").touch()
+    for wrong, error, words in (
+        ({"profile": str(tmp_path / "file" / "trace")}, OSError, "Not a directory"),
+        ({"backend": {"attention": "splash"}}, ConfigError, "splash is the TPU's kernel, and this is a cpu; expected auto"),
+    ):
+        config = training.make_config(tmp_path / "run", model, **wrong)
+        with pytest.raises(error, match=words):
+            loop.train(config, data=training.ListData([]))
+
+
 def test_a_run_killed_while_it_made_its_files_starts_again(tmp_path: Path, model: Path) -> None:
     config = training.make_config(tmp_path / "run", model)
     run = Path(config.run)

@@ -147,7 +147,13 @@ def open_mesh(config: TrainConfig) -> Mesh | None:
 
 
 def open_model(config: TrainConfig, mesh: Mesh | None) -> tuple[Qwen3VLMoeForConditionalGeneration, Callable[[], dict[str, Any]]]:
-    """The model's structure (abstract parameters) and what makes or reads its parameters: a LoRA run's are its adapters."""
+    """The model's structure (abstract parameters) and what makes or reads its parameters: a LoRA run's are its adapters.
+
+    Raises:
+      ConfigError: a path or a kernel that is not for here.
+    """
+    if config.backend.attention == "splash" and jax.default_backend() != "tpu":
+        raise ConfigError(f"backend.attention = splash is the TPU's kernel, and this is a {jax.default_backend()}; expected auto")
     side = side_directory(config.model.path)
     model_config = Qwen3VLMoeConfig.from_json(side)
     abstract = Qwen3VLMoeForConditionalGeneration.abstract(model_config, backend=config.backend)
@@ -203,6 +209,8 @@ def train(
       ConfigError, CheckpointError, TrainingError: what is wrong, in a line.
     """
     mesh = open_mesh(config)
+    if config.profile is not None:  # where no trace can be written is said now: jax would raise it after the last step
+        Path(config.profile).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         _open_run(config, stack)
         if mesh is not None:
