@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +145,20 @@ def test_bad_steps_are_counted_between_the_lines(tmp_path: Path, model: Path) ->
     config = training.make_config(tmp_path / "run", model, steps=1000, max_bad_steps=2, **changes)
     with pytest.raises(TrainingError, match=r"^2 steps in a row had .* around step [3-9]$"):
         loop.train(config, data=training.ListData(training.mixed_batches(MODEL, 4)))
+
+
+def test_a_killed_run_has_the_lines_of_an_undisturbed_one(tmp_path: Path, model: Path) -> None:
+    changes: dict[str, Any] = {"checkpoint": {"every": 2, "keep": 3}, "metrics": {"every": 5}}
+    config = training.make_config(tmp_path / "run", model, **changes)
+
+    def lines() -> list[tuple[int, float]]:
+        loop.train(config, data=training.ListData(training.mixed_batches(MODEL, 3)))
+        return [(line["step"], line["tokens"]) for line in read_metrics(config.run)]
+
+    undisturbed = lines()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # as if it had been killed before this one was written
+    assert lines() == undisturbed
+    assert [step for step, _ in undisturbed] == [2, 4, 5, 6]
 
 
 def test_mfu_is_of_the_devices_that_the_run_uses(tmp_path: Path, model: Path) -> None:

@@ -319,16 +319,17 @@ def train(
             interval.metrics.append(step_metrics)
             interval.counts += fed.counts
             done, last = number + 1, number + 1 == config.steps
+            every = config.checkpoint.every
+            saves = last or (every and done % every == 0)
 
-            if done % config.metrics.every == 0 or last:
+            if done % config.metrics.every == 0 or saves:  # a killed run goes on from what is saved: no line may reach beyond
                 log_interval(done)
             scores = None
             if config.validation is not None and (done % config.validation.every == 0 or last):
                 with interval.pause(), contextlib.suppress(Interrupted):
                     scores = validate(evaluate, state, _validation_batches(config, mesh, validation, interrupt))
                     metrics.write("validation", done, scores, show=SHOWN_VALIDATION)
-            every = config.checkpoint.every
-            if last or (every and done % every == 0):
+            if saves:
                 with interval.pause():
                     checkpoints.save(done, state, {"data": early_end.streams(fed)}, scores)
         checkpoints.wait()
