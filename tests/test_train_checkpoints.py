@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,20 @@ def test_no_checkpoint_and_another_optimizers(tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="arrays are not this config's, first "):
             Checkpoints(tmp_path, CheckpointConfig()).restore(other)
     assert Checkpoints(tmp_path, CheckpointConfig()).steps() == [1]  # it was not taken for damaged
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+    state = small_state()
+    large = jax.tree.map(lambda a: jnp.asarray(np.random.default_rng(0).normal(size=(300, 300))) if a.ndim > 1 else a, state)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(TrainingError, match=r"^the checkpoint of step 2 was not written \(.*; once .* goes on from step 1$"):
+        with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+            checkpoints.save(1, state, {"data": [{}]})
+            checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))  # Python ignores the signal: the write fails
+            try:
+                checkpoints.save(2, large, {"data": [{}]})
+                checkpoints.wait()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert Checkpoints(tmp_path, CheckpointConfig()).steps() == [1]

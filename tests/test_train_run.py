@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,24 @@ def test_one_program_per_run(tmp_path: Path) -> None:
             pass
     with only_writer(tmp_path / "run"):
         pass
+
+
+def test_a_file_in_the_way_of_a_run_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=r"^run = .* cannot be made \(.*\), expected a new directory"), only_writer(run):
+            pass
+
+
+def test_what_cannot_run_or_be_written_here_is_said_before_the_first_step(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "file").touch()
+    for wrong, error, words in (
+        ({"profile": str(tmp_path / "file" / "trace")}, OSError, "Not a directory"),
+        ({"backend": {"attention": "splash"}}, ConfigError, "splash is the TPU's kernel, and this is a cpu; expected auto"),
+    ):
+        config = training.make_config(tmp_path / "run", model, **wrong)
+        with pytest.raises(error, match=words):
+            loop.train(config, data=training.ListData([]))
 
 
 def test_a_run_killed_while_it_made_its_files_starts_again(tmp_path: Path, model: Path) -> None:
@@ -126,6 +145,20 @@ def test_bad_steps_are_counted_between_the_lines(tmp_path: Path, model: Path) ->
     config = training.make_config(tmp_path / "run", model, steps=1000, max_bad_steps=2, **changes)
     with pytest.raises(TrainingError, match=r"^2 steps in a row had .* around step [3-9]$"):
         loop.train(config, data=training.ListData(training.mixed_batches(MODEL, 4)))
+
+
+def test_a_killed_run_has_the_lines_of_an_undisturbed_one(tmp_path: Path, model: Path) -> None:
+    changes: dict[str, Any] = {"checkpoint": {"every": 2, "keep": 3}, "metrics": {"every": 5}}
+    config = training.make_config(tmp_path / "run", model, **changes)
+
+    def lines() -> list[tuple[int, float]]:
+        loop.train(config, data=training.ListData(training.mixed_batches(MODEL, 3)))
+        return [(line["step"], line["tokens"]) for line in read_metrics(config.run)]
+
+    undisturbed = lines()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # as if it had been killed before this one was written
+    assert lines() == undisturbed
+    assert [step for step, _ in undisturbed] == [2, 4, 5, 6]
 
 
 def test_mfu_is_of_the_devices_that_the_run_uses(tmp_path: Path, model: Path) -> None:

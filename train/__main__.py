@@ -142,7 +142,8 @@ def _run(argv: Sequence[str] | None) -> int:
     accept_any_text()
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain report each file there
+    # Orbax and Grain report each file there, and each error, which they also raise, with every stack it passes through.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2

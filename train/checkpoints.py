@@ -132,7 +132,7 @@ class Checkpoints:
         self.directory = self.run / "checkpoints"
         self.config, self.adapters = config, adapters
         self._checkpointer: ocp.training.Checkpointer | None = None
-        self._pending: Any = None
+        self._pending: tuple[int, Any] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -154,22 +154,37 @@ class Checkpoints:
             self._checkpointer = self._open()
         self.wait()
         tree = to_tree(self._kept(state))
-        self._pending = self._checkpointer.save_checkpointables_async(
+        saving = self._checkpointer.save_checkpointables_async(
             step,
             {"state": tree, "loop": {**loop, "arrays": fingerprint(tree)}},
             force=True,
             overwrite=step in processes.gather(self.steps())[0],
             metrics=None if metrics is None else dict(metrics),
         )
+        self._pending = step, saving
 
     def _kept(self, state: TrainState) -> TrainState:
         return dataclasses.replace(state, frozen={}) if self.adapters else state
 
     def wait(self) -> None:
-        """Until the save in progress is on disk."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Until the save in progress is on disk.
+
+        Raises:
+          TrainingError: it could not be written: a full disk, a directory without permission.
+        """
+        if self._pending is None:
+            return
+        (step, saving), self._pending = self._pending, None
+        try:
+            saving.result()
+        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
+            self._checkpointer = None  # closed, it would raise the error once more
+            whole = self.steps()
+            start = f"step {whole[-1]}" if whole else "the beginning"
+            raise TrainingError(
+                f"the checkpoint of step {step} was not written ({str(error).splitlines()[0]}); once the cause is mended the "
+                f"same command goes on from {start}"
+            ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint as `(state, loop)`, or None when the run has none.

@@ -244,7 +244,7 @@ class ValidationConfig:
 class MetricsConfig:
     """
     Attributes:
-      every: steps between lines. Each line averages over the steps since the one before.
+      every: steps between lines; a checkpoint has one too. Each line averages over the steps since the one before.
       tensorboard, wandb, mlflow: also write there (each needs its own package). wandb_project: defaults to the run's name.
       peak_tflops: of one device in compute_dtype, for MFU; None = from a table of known accelerators, else no MFU.
     """

@@ -147,7 +147,13 @@ def open_mesh(config: TrainConfig) -> Mesh | None:
 
 
 def open_model(config: TrainConfig, mesh: Mesh | None) -> tuple[Qwen3VLMoeForConditionalGeneration, Callable[[], dict[str, Any]]]:
-    """The model's structure (abstract parameters) and what makes or reads its parameters: a LoRA run's are its adapters."""
+    """The model's structure (abstract parameters) and what makes or reads its parameters: a LoRA run's are its adapters.
+
+    Raises:
+      ConfigError: a path or a kernel that is not for here.
+    """
+    if config.backend.attention == "splash" and jax.default_backend() != "tpu":
+        raise ConfigError(f"backend.attention = splash is the TPU's kernel, and this is a {jax.default_backend()}; expected auto")
     side = side_directory(config.model.path)
     model_config = Qwen3VLMoeConfig.from_json(side)
     abstract = Qwen3VLMoeForConditionalGeneration.abstract(model_config, backend=config.backend)
@@ -203,6 +209,8 @@ def train(
       ConfigError, CheckpointError, TrainingError: what is wrong, in a line.
     """
     mesh = open_mesh(config)
+    if config.profile is not None:  # where no trace can be written is said now: jax would raise it after the last step
+        Path(config.profile).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         _open_run(config, stack)
         if mesh is not None:
@@ -311,16 +319,17 @@ def train(
             interval.metrics.append(step_metrics)
             interval.counts += fed.counts
             done, last = number + 1, number + 1 == config.steps
+            every = config.checkpoint.every
+            saves = last or (every and done % every == 0)
 
-            if done % config.metrics.every == 0 or last:
+            if done % config.metrics.every == 0 or saves:  # a killed run goes on from what is saved: no line may reach beyond
                 log_interval(done)
             scores = None
             if config.validation is not None and (done % config.validation.every == 0 or last):
                 with interval.pause(), contextlib.suppress(Interrupted):
                     scores = validate(evaluate, state, _validation_batches(config, mesh, validation, interrupt))
                     metrics.write("validation", done, scores, show=SHOWN_VALIDATION)
-            every = config.checkpoint.every
-            if last or (every and done % every == 0):
+            if saves:
                 with interval.pause():
                     checkpoints.save(done, state, {"data": early_end.streams(fed)}, scores)
         checkpoints.wait()

@@ -58,9 +58,14 @@ def only_writer(run: Path) -> Iterator[None]:
     The lock is the kernel's, on the directory itself: it leaves no file, and ends with the process however that ends.
 
     Raises:
-      TrainingError: another process holds it.
+      ConfigError: it is no directory. TrainingError: another process holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run = {run} cannot be made ({error.strerror}), expected a new directory or the one of a run"
+        ) from None
     descriptor = os.open(run, os.O_RDONLY)
     try:
         try:
