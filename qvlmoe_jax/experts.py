@@ -35,7 +35,7 @@ class ExpertStack(NamedTuple):
 def ragged_experts(
     rows_RD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array, stack: ExpertStack | None = None
 ) -> jax.Array:
-    """Grouped products by `jax.lax.ragged_dot`: the kernel of TPU and GPU. Same contract as `tiled_experts`, but that weights
+    """Grouped products by `jax.lax.ragged_dot`: the kernel of TPU. Same contract as `tiled_experts`, but that weights
     read in `stack` have their gradients there."""
     E, D, _, F = gate_up_ED2F.shape
     if stack is not None and len(rows_RD) <= E:
@@ -64,7 +64,7 @@ def zero_past(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
 def tiled_experts(
     rows_RD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array, stack: ExpertStack | None = None
 ) -> jax.Array:
-    """`down(swiglu(gate, up))` of each row by its own expert, as a loop over tiles of rows: the kernel of the CPU.
+    """`down(swiglu(gate, up))` of each row by its own expert, as a loop over tiles of rows: the kernel of CPU and GPU.
 
     Every array is written over what it is made from and nobody needs any more: outputs over rows here, their gradients over
     the outputs', and an expert's gradient over its weights. Zeroes to write into would be a pass over memory of their own.

@@ -181,10 +181,12 @@ def test_backend_refuses_unknown_choices() -> None:
 def test_auto_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="qvlmoe_jax"):
         assert BackendConfig().resolve("cpu").experts == "tiles"
+        assert BackendConfig().resolve("gpu").experts == "tiles"
         assert BackendConfig().resolve("tpu").experts == "ragged_dot"
         assert BackendConfig(attention_chunk=512).attention_kernel(4096) == "chunked"
     assert [r.getMessage() for r in caplog.records] == [
         "experts kernel: tiles (auto on cpu)",
+        "experts kernel: tiles (auto on gpu)",
         "experts kernel: ragged_dot (auto on tpu)",
         "attention kernel: splash (auto on tpu)",
         "attention kernel: chunked (auto, 4096 queries)",
