@@ -36,9 +36,9 @@ class BackendConfig:
         them too; `flash` is the GPU's (not yet run on one; float32 and context parallelism fall back to chunked); `auto` takes
         splash on TPU, elsewhere chunked above 256 positions, dense below.
       attention_chunk: most queries, and keys, per block of the chunked kernel (see `blocks.columns`).
-      experts: `tiles` loops over tiles of rows sorted by expert; `ragged_dot` is `jax.lax.ragged_dot`, a kernel on TPU and a dense
-        product over all experts elsewhere (CPU: 5.7 s against 0.1 s at 512 tokens; jaxlib 0.9 and 0.10 on GPU: all rows once
-        more per expert in memory); `auto` takes ragged_dot on TPU, else tiles (not yet run on a GPU).
+      experts: `tiles` loops over tiles of rows sorted by expert; `ragged_dot` is `jax.lax.ragged_dot`, a kernel on TPU and a
+        dense product over all experts elsewhere (CPU: 5.7 s against 0.1 s at 512 tokens; jaxlib 0.9 and 0.10 on GPU: all rows
+        once more per expert in memory); `auto` takes ragged_dot on TPU, else tiles (not yet run on a GPU).
       dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis, `all_to_all` sends
         each row to its expert's device and back (the cheaper one above some 8 expert shards). The same on one device.
       remat: what the backward pass recomputes: nothing, each layer whole (`full`), or all but matrix products (`dots`).
