@@ -89,5 +89,5 @@ def hbm_bytes(config: TrainConfig, model: Qwen3VLMoeConfig, counts: Counts, devi
     logits = counts.tokens * text.vocab_size * 3 * (4 + width)
     chunks = max(1, counts.tokens / devices / config.loss.chunk_tokens)
     head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
-    added = 2 * 4 * chunks * D * text.vocab_size / sizes["tensor"] if any(head in path for path in trained) else 0.0
+    added = 2 * width * chunks * D * text.vocab_size / sizes["tensor"] if any(head in path for path in trained) else 0.0
     return total + added + (activations + logits) / devices
