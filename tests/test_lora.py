@@ -167,8 +167,8 @@ def test_gradients_are_pefts(backend: BackendConfig, tmp_path: Path, record: Any
 
     def loss(params: Any) -> jax.Array:
         adapted = with_adapters(model, params, EVERYTHING)
-        out = forward_losses(adapted, jax.tree.map(jnp.asarray, batch), chunk_tokens=64)
-        return out.total / (out.targets_BT >= 0).sum()
+        done = forward_losses(adapted, jax.tree.map(jnp.asarray, batch), chunk_tokens=64)
+        return done.total / (done.targets_BT >= 0).sum()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(adapters)
     assert float(value) == pytest.approx(out.loss.item(), abs=tolerances.AUX_LOSS)

@@ -234,7 +234,11 @@ def test_a_lora_step_is_counted_as_one(tmp_path: Path) -> None:
     lora = {"rank": 2, "targets": ["attention", "experts"]}
     config = step_config(tmp_path, {"fsdp": 4, "expert": 2}, lora=lora)
     _, sent, least = compiled(config)
-    # Not the whole sum: CPU devices take turns (qvlmoe_jax/turns.py), for which they compute and scatter the base's gradients.
+    # CPU devices take turns (qvlmoe_jax/turns.py), for which they compute and scatter the text's gradients too.
+    trained = dataclasses.replace(config, lora=None, model=dataclasses.replace(config.model, freeze=("vision", "merger")))
+    base = sum(term.bytes for term in wire.least(trained, aot.model_config(config)) if "scattered" in term.what)
+    total, minimum = sum(one.wire_bytes for one in sent), sum(term.bytes for term in least) + base
+    assert 0.95 * minimum <= total <= 1.15 * minimum, (hlo.by_kind(sent), least)
     gathered = sum(one.wire_bytes for one in sent if one.kind == "all-gather" and one.axes == ("fsdp",))
     minimum = sum(term.bytes for term in least if "gathered" in term.what and term.axes == ("fsdp",))
     assert 0.99 * minimum <= gathered <= 1.01 * minimum, (hlo.by_kind(sent), least)
