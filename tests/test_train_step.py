@@ -190,6 +190,16 @@ def test_no_product_with_the_head_is_made_twice(argnums: Any, products: int) -> 
     assert str(program).count("dot_general[") == products
 
 
+@pytest.mark.parametrize("chunk_tokens", [10, 1024], ids=["several chunks", "tokens of one chunk"])
+def test_no_product_with_the_head_has_its_left_side_turned(chunk_tokens: int) -> None:
+    """XLA:CPU has no fast path for those."""
+    hidden, head, targets = hidden_head_targets()
+    loss = jax.grad(lambda hidden, head: training_loss(hidden, head, targets, chunk_tokens=chunk_tokens)[0], (0, 1))
+    program = jax.jit(loss).lower(hidden, head).compile().as_text() or ""
+    assert program.count("lhs_contracting_dims={1}") == 3
+    assert program.count("lhs_contracting_dims={0}") == 0
+
+
 def test_targets_stay_inside_documents() -> None:
     labels = jnp.array([[5, 6, 7, 8, 9, 1, -100, -100]])
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 0, 0]])

@@ -109,9 +109,12 @@ def _d_logits(head: _Head, of: _Logits, targets_C: jax.Array, scale: jax.Array) 
 
 
 def _chunks(head: _Head, hidden_ND: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens in chunks of one length, `[N,C,D]` and `[N,C]`; what is filled up has no target."""
+    """Tokens in chunks of one length, `[N,C,D]` and `[N,C]`; what is filled up has no target.
+
+    At least two, since XLA unrolls a loop of one and folds what `_loss_forward` has turned for it back into the product.
+    """
     tokens = len(targets_N)
-    N = -(-tokens // head.chunk_tokens)
+    N = max(-(-tokens // head.chunk_tokens), min(2, tokens))
     pad = -tokens % N
     hidden = jnp.pad(hidden_ND, ((0, pad), (0, 0)))
     targets = jnp.pad(targets_N, (0, pad), constant_values=IGNORED_LABEL)
@@ -146,17 +149,18 @@ def _loss_forward(head: _Head, hidden_ND: Any, head_DV: Any, targets_N: Any, sca
     head_is_trained, weight, scale = head_DV.perturbed, head_DV.value, scale.value
     hidden, targets = _chunks(head, hidden_ND.value, targets_N.value)
 
-    def chunk(d_head: jax.Array | None, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, Any]:
-        hidden, targets = inputs
+    def chunk(d_head: jax.Array | None, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array | None, Any]:
+        hidden, hidden_DC, targets = inputs
         logits, values = _logits(head, hidden, weight, targets)
         d_logits = _d_logits(head, logits, targets, scale).astype(weight.dtype)
         d_hidden = _product("CV,DV->CD", d_logits, weight).astype(hidden.dtype)
         if d_head is not None:
-            d_head = (d_head + _product("CD,CV->DV", hidden, d_logits)).astype(d_head.dtype)
+            d_head = (d_head + _product("DC,CV->DV", hidden_DC, d_logits)).astype(d_head.dtype)
         return d_head, (values, d_hidden)
 
     zeros = jnp.zeros_like(weight) if head_is_trained else None
-    d_head, (values, d_hidden) = jax.lax.scan(chunk, zeros, (hidden, targets))
+    # Turned out here: a product with its left side still to be turned runs at a third of the speed on CPUs (22 GFLOP/s for 55).
+    d_head, (values, d_hidden) = jax.lax.scan(chunk, zeros, (hidden, hidden.swapaxes(1, 2), targets))
     tokens = len(targets_N.value)
     values = jax.tree.map(lambda v: v.reshape(-1)[:tokens], values)
     d_hidden = d_hidden.reshape(-1, d_hidden.shape[-1])[:tokens]
