@@ -72,8 +72,11 @@ class ChatTemplate:
             raise ProcessorError(
                 f"unknown option {unknown[0]!r}: neither the processor's nor one that the chat template reads ({readable})"
             )
-        if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(tool, Mapping) for tool in tools)):
+        if tools is not None and not isinstance(tools, (list, tuple)):
             raise ProcessorError(f"tools are {tools!r:.80}, expected a list of dicts that hold a function's JSON schema")
+        for tool in tools or ():
+            if not isinstance(tool, Mapping):
+                raise ProcessorError(f"tools contain a {type(tool).__name__}, expected dicts that hold a function's JSON schema")
         chat = [_with_reasoning({key: v for key, v in _plain(m).items() if v is not None}) for m in messages]
         if continue_final_message:
             if add_generation_prompt:
