@@ -27,6 +27,7 @@ from convert.progress import Progress, human_bytes
 from convert.work_directory import WorkDirectory, only_cleaning_is_left, open_work_directory, work_path
 from qvlmoe_jax.checkpoint import CHECKPOINT_DIR, CONVERSION_FILE
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.file_copy import naming, write_text
 from qvlmoe_jax.hf import LM_HEAD_KEY, TABLE_VERSION, Row
 from qvlmoe_jax.hf_weights import HFWeights
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES
@@ -115,7 +116,8 @@ def hf2jax(
 
     def begin(staging: Path) -> None:
         copy_side_files(source, staging, side_files, None if not weights.quantised else dtype)
-        (staging.parent / RESERVE).write_bytes(bytes(RESERVE_BYTES))
+        with naming(staging.parent / RESERVE):
+            (staging.parent / RESERVE).write_bytes(bytes(RESERVE_BYTES))
 
     mine = share(units, worker, workers)
     plan = describe_plan(weights, source, dtype, workers)
@@ -130,7 +132,7 @@ def hf2jax(
 
         def complete(checksums: dict[str, str]) -> None:
             record = conversion_record(weights, source, dtype, checksums)
-            (work.result / CONVERSION_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_text(work.result / CONVERSION_FILE, json.dumps(record, indent=1) + "\n")
 
         whole = work.finish(destination.resolve(), complete, overwrite=overwrite)
     if not whole:
@@ -161,14 +163,15 @@ def open_source(source: Path) -> HFWeights:
 def copy_side_files(source: Path, target: Path, names: list[str], dequantised: Dtype | None) -> None:
     """Copies them byte for byte; only a dequantised model's config.json stops saying that it is quantised."""
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        with naming(target / name):
+            shutil.copyfile(source / name, target / name)
     if dequantised:
         path = target / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         del config["quantization_config"]
         for section in (config, config["text_config"], config["vision_config"]):
             section.update({key: dequantised for key in ("dtype", "torch_dtype") if key in section})
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _warn_of_space(destination: Path, needed: int, report: Report, resume: bool) -> None:

@@ -23,6 +23,7 @@ from convert.progress import Progress, human_bytes
 from convert.tensor_blocks import block_reads
 from qvlmoe_jax.checkpoint import ConvertedWeights, TrainedWeights, open_weights, stated_dtypes
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.file_copy import naming, write_text
 from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, expand
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES, NAMED_DTYPES
 from qvlmoe_jax.shards import write_shards
@@ -76,7 +77,8 @@ def jax2hf(
                 progress.add(block.nbytes)
 
         for name in side_files:
-            shutil.copyfile(side / name, staging / name)
+            with naming(staging / name):
+                shutil.copyfile(side / name, staging / name)
         _set_dtype(staging / "config.json", {dtype for dtype, _ in specs.values()})
         write_shards(staging, specs, blocks, max_shard_bytes=max_shard_size, files_at_once=FILES_AT_ONCE)
     seconds = time.monotonic() - start
@@ -130,7 +132,7 @@ def _set_dtype(config_file: Path, dtypes: set[np.dtype]) -> None:
         return
     for section, key in stated:
         section[key] = next(iter(names))
-    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(config_file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:

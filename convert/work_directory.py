@@ -17,6 +17,7 @@ from typing import Any
 
 from convert.zarr_file import PART_SUFFIX
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.file_copy import naming, write_text
 from qvlmoe_jax.whole_directory import replace_directory
 
 SUFFIX = ".converting"
@@ -57,7 +58,7 @@ class WorkDirectory:
 
     def record(self, unit: str, checksums: Mapping[str, str]) -> None:
         """Journals a unit whose files are all written."""
-        with self._journal.open("a", encoding="utf-8") as file:
+        with naming(self._journal), self._journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"unit": unit, "boot": self._boot, "crc32": checksums}) + "\n")
         self.finished[unit] = dict(checksums)
 
@@ -148,7 +149,7 @@ def open_work_directory(
                 shutil.rmtree(path / RESULT, ignore_errors=True)  # of a beginning that was killed
                 (path / RESULT).mkdir()
                 begin(path / RESULT)
-                (path / "plan.new").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+                write_text(path / "plan.new", json.dumps(plan, indent=1) + "\n")
                 (path / "plan.new").rename(path / PLAN)
         if not resume and (path / f"worker-{worker}.jsonl").exists():
             raise _left_over(path)

@@ -17,6 +17,7 @@ from qvlmoe_jax.lora import (
     LoraConfig,
     adapter_paths,
     adapter_shapes,
+    check_adapters,
     factor_shapes,
     is_adapter,
     linear_dims,
@@ -105,7 +106,11 @@ def with_adapters(
     """`model` (of full precision) with these adapters, from `init_adapters`, a training run or `peft_format.load_adapter`.
 
     They are cast to the dtype of the model's weights.
+
+    Raises:
+      CheckpointError: they are not those that `lora` describes.
     """
+    check_adapters(model.config, adapters, lora)
     dtype = model.get_input_embeddings().weight.dtype
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), dict(adapters))
     return adapt(model, lora).with_params(nest({**flatten(model.params()), **flatten(cast)}))

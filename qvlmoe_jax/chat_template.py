@@ -72,6 +72,8 @@ class ChatTemplate:
             raise ProcessorError(
                 f"unknown option {unknown[0]!r}: neither the processor's nor one that the chat template reads ({readable})"
             )
+        if tools is not None and not isinstance(tools, (list, tuple)):
+            raise ProcessorError(f"tools are {tools!r:.80}, expected a list of dicts that hold a function's JSON schema")
         for tool in tools or ():
             if not isinstance(tool, Mapping):
                 raise ProcessorError(f"tools contain a {type(tool).__name__}, expected dicts that hold a function's JSON schema")

@@ -22,10 +22,12 @@ from numpy.typing import DTypeLike
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.conversion_record import read_record
 from qvlmoe_jax.errors import CheckpointError
+from qvlmoe_jax.file_copy import write_text
 from qvlmoe_jax.generation_config import FILE as GENERATION_FILE
 from qvlmoe_jax.hf import expand, param_shapes
 from qvlmoe_jax.hf_weights import HFWeights
 from qvlmoe_jax.local_files import check_tree
+from qvlmoe_jax.lora import is_adapter
 from qvlmoe_jax.orbax_store import OrbaxArrays
 from qvlmoe_jax.param_tree import check_shapes, flatten, nest
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES, NAMED_DTYPES
@@ -318,13 +320,18 @@ def save_hf(
       generation: the object of generation_config.json; None or empty: no such file.
       max_shard_size: bytes of one file's data.
     Raises:
-      CheckpointError: the directory is in use, or `params` does not match `config`.
+      CheckpointError: the directory is in use, or `params` does not match `config` or holds adapters.
     """
     directory = Path(directory)
     writes = _writes(params)
     if writes and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: exists and is not empty, expected a new directory; remove it or choose another")
     flat = flatten(params)
+    if any(map(is_adapter, flat)):
+        raise CheckpointError(
+            f"{directory}: the model has adapters, which this format cannot hold, expected the base model; write the adapters "
+            "with qvlmoe_jax.peft_format.save_adapter, or merge them: each adds lora.delta to its weight"
+        )
     rows = expand(config)
     check_shapes("the parameters to save", param_shapes(config), {path: tuple(leaf.shape) for path, leaf in flat.items()})
     by_key = {row.key: row for row in rows}
@@ -348,4 +355,4 @@ def save_hf(
         write_shards(staging, specs, tensor, max_shard_bytes=max_shard_size)
         for name, value in (("config.json", _hf_config(config, common)), (GENERATION_FILE, generation)):
             if value:
-                (staging / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+                write_text(staging / name, json.dumps(value, indent=2) + "\n")

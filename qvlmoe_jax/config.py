@@ -346,7 +346,10 @@ class Qwen3VLMoeConfig:
             config = read_json(file)
         except CheckpointError as error:
             raise ConfigError(str(error)) from None
-        return cls.from_hf(config)
+        try:
+            return cls.from_hf(config)
+        except ConfigError as error:  # of two directories, as `verify` reads, which one's
+            raise ConfigError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` object in the hub's spelling; `from_hf(to_hf())` is the identity."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,27 @@ def mapped_source(array: np.ndarray) -> tuple[MappedFile, int] | None:
     if not isinstance(base, MappedFile) or not array.flags.c_contiguous:
         return None
     return base, array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system's inside is one of this file: a failed write (a full disk) says of itself only that it failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of UTF-8.
+
+    Raises:
+      OSError: the system's reason, and the file.
+    """
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def write_array(descriptor: int, array: np.ndarray) -> None:

@@ -6,6 +6,7 @@ bucket: the vision tower, a run of prompt columns, and the decoding loop.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from qvlmoe_jax.frames import bucket
 from qvlmoe_jax.generation_config import MAX_ID
 from qvlmoe_jax.incremental import decode_step, head, prefill, read, text_columns
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
-from qvlmoe_jax.sampling import Sampling, choose, mark, penalise
+from qvlmoe_jax.sampling import Sampling, choose, is_number, mark, penalise
 from qvlmoe_jax.sharding import BATCH, constrain
 
 __all__ = ["KVCache", "cache_bytes", "decode_step", "generate", "init_cache", "prefill"]
@@ -74,11 +75,15 @@ def generate(
     )
     max_new_tokens = _count("max_new_tokens", max_new_tokens)
     prefill_chunk = None if prefill_chunk is None else _count("prefill_chunk", prefill_chunk)
+    try:
+        key = np.uint32(operator.index(seed) % 2**32)
+    except TypeError:
+        raise GenerationError(f"seed = {seed!r}, expected an integer") from None
     stop, pad = _stop_and_pad(model, eos_token_id, pad_token_id)
     if cache is not None:
         cache.check(model.config, len(batch.segment_ids))
     layout = _Layout.of(batch, max_new_tokens, prefill_chunk, cache)
-    rules = _Rules(sampling, np.uint32(int(seed) % 2**32), stop, pad)
+    rules = _Rules(sampling, key, stop, pad)
 
     dtype = model.model.language_model.embed_tokens.weight.dtype
     state = cache or init_cache(model.config, layout.batch_size, layout.capacity, dtype=dtype)
@@ -112,8 +117,8 @@ def columns_of(num_tokens: int, prefill_chunk: int | None) -> int:
 
 def _count(name: str, value: Any) -> int:
     """A Python integer, from numpy's too: its bits are counted."""
-    if int(value) != value or value < 1:
-        raise GenerationError(f"{name} = {value}, expected a positive number of tokens")
+    if not is_number(value) or int(value) != value or value < 1:
+        raise GenerationError(f"{name} = {value!r}, expected a positive number of tokens")
     return int(value)
 
 
@@ -121,8 +126,10 @@ def _stop_and_pad(model: Any, eos_token_id: int | Sequence[int] | None, pad_toke
     known = model.generation_config
     stop = _ids("eos_token_id", known.eos_token_id if eos_token_id is None else eos_token_id)
     candidates = (pad_token_id, known.pad_token_id, *stop.tolist(), 0)
-    (pad,) = _ids("pad_token_id", next(pad for pad in candidates if pad is not None))
-    return stop, pad
+    pad = _ids("pad_token_id", next(pad for pad in candidates if pad is not None))
+    if pad.size != 1:
+        raise GenerationError(f"pad_token_id = {pad_token_id!r}, expected one token id")
+    return stop, pad[0]
 
 
 def _ids(name: str, value: Any) -> np.ndarray:

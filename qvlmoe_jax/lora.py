@@ -11,13 +11,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.hf import param_shapes
+from qvlmoe_jax.param_tree import check_shapes, flatten
 
 # Path pattern -> how many of the weight's trailing dims are inputs and outputs: every linear map but the router, the patch
 # embedding and the head. These are what adapters go to and what `base_quantization` quantises.
@@ -135,6 +136,18 @@ def adapter_shapes(config: Qwen3VLMoeConfig, lora: LoraConfig) -> dict[str, tupl
         for place, shape in zip(adapter_paths(path), factor_shapes(path, shapes[path], lora.rank), strict=True):
             out[place] = shape
     return out
+
+
+def check_adapters(config: Qwen3VLMoeConfig, adapters: Mapping[str, Any], lora: LoraConfig) -> None:
+    """Refuses adapters other than those that `lora` describes: of another rank they would be scaled by another number.
+
+    Args:
+      adapters: nested dicts of arrays.
+    Raises:
+      CheckpointError: names the first that are missing, unknown or of another shape.
+    """
+    found = {path: tuple(leaf.shape) for path, leaf in flatten(adapters).items()}
+    check_shapes("the adapters", adapter_shapes(config, lora), found, of="their LoraConfig")
 
 
 def delta(a: np.ndarray, b: np.ndarray, num_inputs: int, scale: float) -> np.ndarray:

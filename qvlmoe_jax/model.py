@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -21,6 +22,7 @@ from jax.typing import DTypeLike
 from qvlmoe_jax.backend import BackendConfig
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.config import Qwen3VLMoeConfig
+from qvlmoe_jax.errors import BatchError, ConfigError
 from qvlmoe_jax.generation_config import GenerationConfig
 from qvlmoe_jax.hub import find_source
 from qvlmoe_jax.layers import Embed, Linear, einsum, truncated_normal
@@ -168,15 +170,39 @@ def keep_columns(hidden: jax.Array, segment_ids: jax.Array, logits_to_keep: Any)
 
     "Last" counts from the batch's last column that holds a token, not from the bucket's end, which is padding HF never sees. For
     an n beyond the first column, that one is repeated, since no shape can depend on tokens; there are at most T.
+
+    Raises:
+      BatchError: a negative number, or columns that the batch does not have.
     """
+    T = hidden.shape[1]
     if isinstance(logits_to_keep, Integral):
+        if logits_to_keep < 0:
+            raise BatchError(f"logits_to_keep = {logits_to_keep}, expected 0 (all columns) or how many of the last columns")
         if logits_to_keep == 0:
             return hidden
-        T = hidden.shape[1]
         logits_to_keep = min(int(logits_to_keep), T)
         end = jnp.max(jnp.where(jnp.any(segment_ids > 0, axis=0), jnp.arange(T) + 1, 0))
         logits_to_keep = jnp.maximum(end - logits_to_keep + jnp.arange(logits_to_keep), 0)
+    elif not isinstance(logits_to_keep, jax.core.Tracer):  # whose numbers cannot be known
+        columns = np.asarray(logits_to_keep)
+        if columns.dtype.kind not in "iu" or (columns.size and not 0 <= columns.min() <= columns.max() < T):
+            raise BatchError(f"logits_to_keep = {logits_to_keep!r}, expected columns from 0 to {T - 1}")
     return jnp.take(hidden, jnp.asarray(logits_to_keep), axis=1)
+
+
+def weight_dtype(dtype: DTypeLike) -> np.dtype:
+    """A dtype to hold weights and compute in.
+
+    Raises:
+      ConfigError: it is no floating-point dtype of 16 bits or more: weights cast to int8 are all but 0.
+    """
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating) or found.itemsize < 2:
+        raise ConfigError(f"dtype = {dtype!r}, expected float32, bfloat16 or float16")
+    return found
 
 
 class Qwen3VLMoeForConditionalGeneration(nnx.Module):
@@ -256,12 +282,15 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         Args:
           config: a `Qwen3VLMoeConfig` or a `config.json` object.
           dtype: of the parameters and so of the computation; None = float32.
+        Raises:
+          ConfigError: `config` is refused, or `dtype` is not a floating-point one.
         """
         if not isinstance(config, Qwen3VLMoeConfig):
             config = Qwen3VLMoeConfig.from_hf(config)
+        own = weight_dtype(jnp.float32 if dtype is None else dtype)
 
         def make(key: jax.Array) -> Qwen3VLMoeForConditionalGeneration:
-            return cls(config, rngs=nnx.Rngs(key), dtype=jnp.float32 if dtype is None else dtype, backend=backend)
+            return cls(config, rngs=nnx.Rngs(key), dtype=own, backend=backend)
 
         key = rngs.params()
         abstract = jax.eval_shape(make, key)
@@ -295,6 +324,7 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         """
         from qvlmoe_jax import checkpoint  # not needed to build a model
 
+        dtype = None if dtype is None else weight_dtype(dtype)
         weights = checkpoint.open_weights(find_source(directory))
         model = cls.abstract(weights.config, backend=backend)
         model.generation_config = GenerationConfig.from_directory(weights.side_directory, weights.config.to_hf())

@@ -34,8 +34,10 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_shapes(where: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a parameter tree that is not the config's.
+def check_shapes(
+    where: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, of: str = "config.json"
+) -> None:
+    """Refuses a parameter tree that is not the config's, or that of whatever else `of` names.
 
     Raises:
       CheckpointError: names the first parameters that are missing, unknown or of another shape.
@@ -43,7 +45,7 @@ def check_shapes(where: str, expected: Mapping[str, tuple[int, ...]], found: Map
     for fault, paths in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
         if paths:
             raise CheckpointError(
-                f"{where}: {len(paths)} {fault} parameters, first {min(paths)!r}; expected the tree config.json describes"
+                f"{where}: {len(paths)} {fault} parameters, first {min(paths)!r}; expected the tree {of} describes"
             )
     for path, shape in expected.items():
         if found[path] != shape:

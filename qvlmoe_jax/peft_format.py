@@ -8,6 +8,7 @@ of two on one module the first (gate_up_proj) is the inner one, `experts.base_la
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import numpy as np
 
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.file_copy import MappedFile
+from qvlmoe_jax.file_copy import MappedFile, write_text
 from qvlmoe_jax.hf import Row, expand, param_shapes, rows_by_path
 from qvlmoe_jax.local_files import read_json
-from qvlmoe_jax.lora import LoraConfig, adapter_paths, factor_shapes, linears, target_paths
+from qvlmoe_jax.lora import LoraConfig, adapter_paths, check_adapters, factor_shapes, linears, target_paths
 from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.safetensors_io import map_tensor, read_header, write_safetensors
 from qvlmoe_jax.whole_directory import whole_directory
@@ -105,9 +106,10 @@ def save_adapter(
       adapters: nested dicts of all adapter parameters that `lora` describes; written as float32.
       base: name or path of the model that they belong to, for PEFT to find it.
     Raises:
-      CheckpointError: the directory exists and is not empty.
+      CheckpointError: the directory exists and is not empty, or the adapters are not those that `lora` describes.
     """
     directory = Path(directory)
+    check_adapters(config, adapters, lora)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: exists and is not empty, expected a new directory")
     flat, paths = flatten(adapters), target_paths(config, lora.targets)
@@ -144,7 +146,7 @@ def save_adapter(
     }
     with whole_directory(directory, suffix=".saving", overwrite=directory.exists()) as staging:
         write_safetensors(staging / WEIGHTS_FILE, specs, tensor)
-        (staging / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_text(staging / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
 
 
 def _read_config(directory: Path) -> tuple[Mapping[str, Any], int, float]:
@@ -157,8 +159,11 @@ def _read_config(directory: Path) -> tuple[Mapping[str, Any], int, float]:
         raise CheckpointError(f"{file}: {on[0]} = {json.dumps(tree[on[0]])} is not supported, expected plain LoRA")
     _refuse_changed_base(file, tree.get("init_lora_weights") or False)
     rank, alpha = tree.get("r"), tree.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{file}: r = {rank!r} and lora_alpha = {alpha!r}, expected numbers")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise CheckpointError(f"{file}: r = {rank!r} and lora_alpha = {alpha!r}, expected numbers more than 0")
+    named = tree.get("target_parameters") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"{file}: target_parameters = {named!r}, expected a list of names")
     return tree, rank, float(alpha)
 
 
@@ -189,7 +194,7 @@ def load_adapter(directory: str | Path, config: Qwen3VLMoeConfig) -> tuple[LoraC
         raise CheckpointError(f"{directory}: no {WEIGHTS_FILE}, expected it beside {CONFIG_FILE}")
     header, mapped = read_header(file), MappedFile.open(file)
     shapes = linears(config)
-    named = [str(name) for name in tree.get("target_parameters") or []]
+    named = tree.get("target_parameters") or []
     rows = [(path, row) for path, row in _rows(config, list(shapes)) if not _is_expert(path) or _is_named(row, named)]
     modules = frozenset(_module(row) for _, row in rows)
     flat: dict[str, np.ndarray] = {}

@@ -20,7 +20,7 @@ from qvlmoe_jax.errors import MediaError, ProcessorError
 from qvlmoe_jax.hub import find_source
 from qvlmoe_jax.images import load_image
 from qvlmoe_jax.patches import in_threads, pixel_rows
-from qvlmoe_jax.processor_files import ImageSettings, VideoSettings, read_settings
+from qvlmoe_jax.processor_files import ImageSettings, VideoSettings, is_number, options_of, read_settings
 from qvlmoe_jax.prompts import PaddingSide, VideoPrompt, VideoTokens, VisionTokens, padded, prompt_ids
 from qvlmoe_jax.resize import resize, smart_resize
 from qvlmoe_jax.sources import FetchLimits, name_of
@@ -72,8 +72,7 @@ class Processor:
         folder = find_source(directory)
         if not folder.is_dir():
             raise ProcessorError(f"{folder} is not a directory, expected a checkpoint with its tokenizer and processor files")
-        if video_prompt not in ("replaced", "wrapped"):
-            raise ProcessorError(f"video_prompt is {video_prompt!r}, expected 'replaced' or 'wrapped'")
+        _check_video_prompt(video_prompt)
         tokenizer = Tokenizer.from_pretrained(folder)
         source = _template_source(folder, tokenizer)
         images, videos = read_settings(folder)
@@ -157,15 +156,17 @@ class Processor:
                 "this checkpoint directory has no chat template; expected chat_template.jinja, chat_template.json or a "
                 "chat_template in tokenizer_config.json"
             )
+        _check_video_prompt(video_prompt or self.video_prompt)
         read = read_conversations(conversations)
         prompts = [
             self.chat_template.render(one.messages, add_generation_prompt=add_generation_prompt, **template_options)
             for one in read
         ]
-        image_settings = self.images.replace("images_kwargs", **(images_kwargs or {}))
+        image_settings = self.images.replace("images_kwargs", **options_of("images_kwargs", images_kwargs))
         video_settings = self.videos.replace(
             "videos_kwargs",
-            **{"cap_pixels_per_frame": cap_pixels_per_frame, "max_video_tokens": max_video_tokens, **(videos_kwargs or {})},
+            **{"cap_pixels_per_frame": cap_pixels_per_frame, "max_video_tokens": max_video_tokens}
+            | {**options_of("videos_kwargs", videos_kwargs)},
         ).sampling(fps=fps, num_frames=num_frames, do_sample_frames=do_sample_frames)
 
         pictures = [source for one in read for source in one.images]
@@ -236,6 +237,11 @@ class Processor:
                     )
 
 
+def _check_video_prompt(video_prompt: Any) -> None:
+    if video_prompt not in ("replaced", "wrapped"):
+        raise ProcessorError(f"video_prompt is {video_prompt!r}, expected 'replaced' or 'wrapped'")
+
+
 def _template_source(folder: Path, tokenizer: Tokenizer) -> str | None:
     """transformers' order: chat_template.jinja, chat_template.json, then tokenizer_config.json (a text, or named texts)."""
     if (file := folder / "chat_template.jinja").is_file():
@@ -260,9 +266,15 @@ def _template_source(folder: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def _per_video(metadata: Any, count: int) -> list[Mapping[str, Any] | None]:
-    entries: list[Any] = [metadata] if isinstance(metadata, Mapping) else list(metadata or [None] * count)
-    if any(isinstance(entry, (list, tuple)) for entry in entries):  # HF's other spelling: a list per conversation
-        entries = [one for entry in entries for one in entry]
+    entries: Any = [metadata] if isinstance(metadata, Mapping) else metadata or [None] * count
+    if isinstance(entries, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in entries):
+        entries = [one for entry in entries for one in entry]  # HF's other spelling: a list per conversation
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, Mapping | None) for entry in entries):
+        raise ProcessorError(f"video_metadata is {metadata!r:.80}, expected a list with a dict for each video")
     if len(entries) != count:
         raise ProcessorError(f"video_metadata has {len(entries)} entries for {count} videos; expected one each")
-    return entries
+    for entry in entries:
+        fps = (entry or {}).get("fps")
+        if fps is not None and not (is_number(fps) and fps >= 0):
+            raise ProcessorError(f"video_metadata: fps is {fps!r}, expected a number, or None where it is not known")
+    return list(entries)

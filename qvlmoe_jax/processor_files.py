@@ -46,7 +46,8 @@ class ImageSettings:
         """
         options = dict(options)
         size = options.pop("size", None) or {}
-        if not isinstance(size, Mapping):
+        known = ("shortest_edge", "longest_edge")
+        if not isinstance(size, Mapping) or any(size[key] is not None for key in size if key not in known):
             raise ProcessorError(f"{what}: size is {size!r}, expected an object with shortest_edge and longest_edge")
         edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
         options = {**edges, **{key: value for key, value in options.items() if value is not None}}
@@ -62,15 +63,18 @@ class ImageSettings:
         """Raises ProcessorError, naming the field, for a value that no picture could be processed with."""
         for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_count(value):
                 raise ProcessorError(f"{what}: {name} is {value!r}, expected a positive integer")
+        for name in (field.name for field in dataclasses.fields(self) if field.type == "bool"):
+            if not isinstance(value := getattr(self, name), bool):  # "no" would count as yes
+                raise ProcessorError(f"{what}: {name} is {value!r}, expected true or false")
         if self.min_pixels > self.max_pixels:
             raise ProcessorError(f"{what}: min_pixels = {self.min_pixels} is more than max_pixels = {self.max_pixels}")
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
-            if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_number, value)):
+            if not isinstance(value, tuple) or len(value) != 3 or not all(map(is_number, value)):
                 raise ProcessorError(f"{what}: {name} is {getattr(self, name)!r}, expected three numbers (red, green, blue)")
-        if 0 in self.image_std or not _is_number(self.rescale_factor) or not self.rescale_factor:
+        if 0 in self.image_std or not is_number(self.rescale_factor) or not self.rescale_factor:
             raise ProcessorError(
                 f"{what}: image_std is {list(self.image_std)} and rescale_factor {self.rescale_factor!r}, "
                 "expected numbers other than 0"
@@ -85,8 +89,24 @@ class ImageSettings:
         return cls().replace(what, **{key: value for key, value in section.items() if key in names})
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    """A finite one."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+
+
+def options_of(name: str, value: Any) -> Mapping[str, Any]:
+    """An argument that holds options by name; None is none.
+
+    Raises:
+      ProcessorError: it is something else.
+    """
+    if not isinstance(value, Mapping | None):
+        raise ProcessorError(f"{name} is {value!r:.80}, expected a dict of options")
+    return value or {}
 
 
 @dataclass(frozen=True)
@@ -108,9 +128,9 @@ class VideoSettings(ImageSettings):
         super().check(what)
         for name in ("min_frames", "max_frames", "max_video_tokens", "num_frames"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not _is_count(value):
                 raise ProcessorError(f"{what}: {name} is {value!r}, expected a positive integer")
-        if self.fps is not None and not (_is_number(self.fps) and self.fps > 0):
+        if self.fps is not None and not (is_number(self.fps) and self.fps > 0):
             raise ProcessorError(f"{what}: fps is {self.fps!r}, expected more than 0")
 
     def sampling(self, *, fps: float | None, num_frames: int | None, do_sample_frames: bool | None) -> VideoSettings:

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.file_copy import WRITE_BYTES, start_writing_back, write_array
+from qvlmoe_jax.file_copy import WRITE_BYTES, naming, start_writing_back, write_array
 from qvlmoe_jax.local_files import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
@@ -156,6 +156,7 @@ def write_safetensors(
       metadata: the header's free strings; transformers insists on `format`.
     Raises:
       CheckpointError: a dtype that the format has no name for.
+      OSError: the system's reason, and the file.
     """
     names = write_order(specs)
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
@@ -169,14 +170,16 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with Path(path).open("wb", buffering=0) as file:
-        write_array(file.fileno(), np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, np.uint8))
+        with naming(Path(path)):
+            write_array(file.fileno(), np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, np.uint8))
         for name in names:
             dtype, shape = specs[name]
             written = 0
             for block in blocks(name):
                 assert block.dtype == dtype, f"{name}: {block.dtype}, promised {dtype}"
                 start = file.tell()
-                write_array(file.fileno(), np.ascontiguousarray(block))
+                with naming(Path(path)):  # and not of the file that the next block is read from
+                    write_array(file.fileno(), np.ascontiguousarray(block))
                 if block.nbytes >= WRITE_BYTES:
                     start_writing_back(file.fileno(), start, block.nbytes)
                 written += block.size

@@ -6,13 +6,31 @@ B rows, V vocab, C candidates.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qvlmoe_jax.errors import GenerationError
+
+
+def is_number(value: Any) -> bool:
+    """One finite number, of Python's, numpy's or jax's. To compare anything else raises, and the error names no argument."""
+    kinds = (int, float, np.generic, np.ndarray, jax.Array)
+    return isinstance(value, kinds) and np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iuf" and bool(np.isfinite(value))
+
+
+_RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "temperature": (lambda value: value >= 0, "0 (greedy) or a positive number"),
+    "top_k": (lambda value: value >= 0 and int(value) == value, "0 (all tokens) or a positive integer"),
+    "top_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (lambda value: value > 0, "a positive number (1 = none)"),
+    "presence_penalty": (lambda value: True, "a finite number (0 = none)"),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -52,16 +70,17 @@ class Sampling:
         Raises:
           GenerationError: a value out of its range.
         """
-        for name, value, good, expected in (
-            ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
-            ("top_k", top_k, top_k >= 0 and int(top_k) == top_k, "0 (all tokens) or a positive integer"),
-            ("top_p", top_p, 0 <= top_p <= 1, "a number from 0 to 1"),
-            ("min_p", min_p, 0 <= min_p <= 1, "a number from 0 to 1"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "a positive number (1 = none)"),
-            ("presence_penalty", presence_penalty, abs(presence_penalty) < float("inf"), "a finite number (0 = none)"),
+        for name, value in (
+            ("temperature", temperature),
+            ("top_k", top_k),
+            ("top_p", top_p),
+            ("min_p", min_p),
+            ("repetition_penalty", repetition_penalty),
+            ("presence_penalty", presence_penalty),
         ):
-            if not good:
-                raise GenerationError(f"{name} = {value}, expected {expected}")
+            good, expected = _RANGES[name]
+            if not (is_number(value) and good(value)):
+                raise GenerationError(f"{name} = {value!r}, expected {expected}")
         sampled = temperature > 0
         return cls(
             temperature=float(temperature) if sampled else None,

@@ -11,7 +11,7 @@ from threading import Event
 import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.file_copy import MappedFile
+from qvlmoe_jax.file_copy import MappedFile, write_text
 from qvlmoe_jax.local_files import local_file, read_json
 from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_tensor, read_header, write_order, write_safetensors
 
@@ -155,7 +155,7 @@ def write_shards(
     weight_map = {key: name for name, keys in files.items() for key in keys}
     total = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for dtype, shape in specs.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def _write_side_by_side(

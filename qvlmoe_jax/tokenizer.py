@@ -81,6 +81,8 @@ class Tokenizer:
         flat = np.asarray(ids)
         if flat.ndim > 1 or (flat.size and flat.dtype.kind not in "iu"):
             raise ProcessorError(f"ids are {flat.dtype} of shape {list(flat.shape)}, expected one row of integers")
+        if flat.size and not 0 <= flat.min() <= flat.max() < 2**32:
+            raise ProcessorError(f"ids are {flat.min()} .. {flat.max()}, expected those of tokens; leave out labels' -100")
         return self.backend.decode(flat.reshape(-1).tolist(), skip_special_tokens=skip_special_tokens)
 
 

@@ -120,8 +120,10 @@ def _from_frames(source: Any, settings: VideoSettings, metadata: Mapping[str, An
     source_index = np.arange(len(frames))
     if not settings.do_sample_frames and metadata.get("frames_indices") is not None:
         source_index = np.asarray(metadata["frames_indices"])
-        if len(source_index) != len(frames):
-            raise MediaError(f"video_metadata has {len(source_index)} frames_indices for {len(frames)} frames, expected one each")
+        if source_index.shape != (len(frames),) or source_index.dtype.kind not in "iuf":
+            raise MediaError(
+                f"video_metadata has {source_index.size} frames_indices for {len(frames)} frames, expected a number for each"
+            )
     pictures = (frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in (frames[i] for i in chosen))
     return _resized(pictures, source_index[chosen], fps, settings, "the clip")
 

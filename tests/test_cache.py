@@ -149,6 +149,18 @@ def test_what_does_not_fit_is_refused_with_what_would(model) -> None:
         for ids in ("</s>", 2.5, 10**12, {1, 2}):
             with pytest.raises(GenerationError, match=f"{name} = .*, expected one token id or a sequence of them"):
                 generate(model, one, max_new_tokens=1, **{name: ids})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(GenerationError, match=r"pad_token_id = \[1, 2\], expected one token id"):
+        generate(model, one, max_new_tokens=1, pad_token_id=[1, 2])  # pyright: ignore[reportArgumentType]
+    wrong: dict[str, tuple[Any, ...]] = {
+        "max_new_tokens": (None, "8", [8], float("inf")),
+        "prefill_chunk": ("8", float("nan")),
+        "seed": (None, 1.5, "a"),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            options: dict[str, Any] = {"max_new_tokens": 1, name: value}
+            with pytest.raises(GenerationError, match=f"{name} = .*, expected "):
+                generate(model, one, **options)
 
 
 @pytest.mark.parametrize(

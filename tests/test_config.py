@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convert.verify import verify
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.errors import ConfigError
 from tests import tiny
+from tests.hf_checkpoints import random_hf_tensors, write_hf_checkpoint
 from tests.tiny import ConfigDict, variant
 
 
@@ -249,3 +253,11 @@ def test_a_broken_file_is_refused_by_name(content, tmp_path):
         Qwen3VLMoeConfig.from_json(tmp_path)
     with pytest.raises(ConfigError, match="not found"):
         Qwen3VLMoeConfig.from_json(tmp_path / "elsewhere")
+
+
+def test_what_a_file_holds_is_refused_with_the_files_name(tmp_path: Path) -> None:
+    """`verify` reads the config.json of two directories."""
+    for name, change in (("good", {}), ("bad", {"vision_config": None})):
+        write_hf_checkpoint(tmp_path / name, tiny.TINY | change, random_hf_tensors(tiny.TINY))
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path / 'bad' / 'config.json'))}: vision_config is missing"):
+        verify(tmp_path / "good", tmp_path / "bad")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -180,3 +181,20 @@ def test_a_wrong_command_line_is_one_line(argv: list[str], capsys: Captured) -> 
     assert out == ""
     assert len(err.splitlines()) == 1
     assert "--help" in err
+
+
+@pytest.mark.parametrize("room", [0, 1 << 8, 1 << 12], ids=["no side file", "no reserve", "no weights"])
+def test_a_disk_that_takes_no_more_is_one_line_with_the_file(
+    room: int, source: Path, destination: Path, capsys: Captured
+) -> None:
+    (source / "merges.txt").write_text("a b")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # Python ignores the signal: the write fails
+    try:
+        assert main(["hf2jax", str(source), str(destination)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(destination) + ".converting/" in error
+    assert main(["hf2jax", str(source), str(destination), "--resume"]) == 0

@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 import torch
 
 from qvlmoe_jax import BackendConfig, Batch, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, hf
+from qvlmoe_jax.errors import BatchError
 from qvlmoe_jax.param_tree import flatten
 from tests import cases, ours, reference, tiny, tolerances
 from tests.hf_checkpoints import random_hf_tensors
@@ -195,6 +196,9 @@ def test_logits_to_keep() -> None:
         beyond = forward(model, batch, np.int64(100))  # more than there are: at most the bucket's, and the last are the last
         assert beyond.shape[1] == batch.input_ids.shape[1]
         np.testing.assert_array_equal(beyond[:, -3:], forward(model, batch, 3))
+    for keep in (-2, [0, 64], [-1], 1.5, None):  # a column past the end would be not-a-number, the last of a bucket is padding
+        with pytest.raises(BatchError, match="logits_to_keep = .*, expected "):
+            jax.eval_shape(lambda batch, keep=keep: model(batch, logits_to_keep=keep).logits, ours.make_batch(config, inputs))
 
 
 def test_inputs_embeds_take_the_place_of_the_lookup() -> None:

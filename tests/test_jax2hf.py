@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -288,3 +289,20 @@ def test_files_cover_every_number_once_and_fit_memory(config: tiny.ConfigDict, i
             assert all(0 <= part.start < part.stop <= size for part, size in zip(index, shape, strict=True))
             count += int(np.prod([part.stop - part.start for part in index]))
         assert count == int(np.prod(shape))
+
+
+@pytest.mark.parametrize("room", [0, 1 << 8, 1 << 14], ids=["no side file", "no config.json", "no weights"])
+def test_a_disk_that_takes_no_more_is_one_line_with_the_file(room: int, tmp_path: Path, capsys: Captured) -> None:
+    source = write_source(tmp_path / "hf", tiny.TINY, random_bits(tiny.TINY))
+    assert main(["hf2jax", str(source), str(tmp_path / "jax"), "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # Python ignores the signal: the write fails
+    try:
+        assert main(["jax2hf", str(tmp_path / "jax"), str(tmp_path / "back")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "back.exporting") + "/" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "jax"]

@@ -226,6 +226,10 @@ def test_twenty_steps_follow_peft_and_torchs_adamw(tmp_path: Path, record: Any) 
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "expected peft_type LORA"),
         ({"r": 4}, "has shape"),
+        ({"r": 0}, "r = 0 and lora_alpha = .*, expected numbers more than 0"),
+        ({"r": True}, "r = True"),
+        ({"lora_alpha": 0}, "lora_alpha = 0, expected"),
+        ({"target_parameters": 5}, "target_parameters = 5, expected a list of names"),
         *(
             ({"init_lora_weights": way}, f'init_lora_weights = "{way}": the base weights were changed too')
             for way in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga")
@@ -280,6 +284,33 @@ def test_pissa_is_read_once_saved_as_the_error_says(tmp_path: Path) -> None:
     lora, adapters = load_adapter(tmp_path / "plain", model.config)
     found = ours.logits(with_adapters(model, adapters, lora), config, inputs)
     assert np.abs(found - expected)[cases.valid(inputs)].max() <= tolerances.MODULE
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoraConfig(rank=2, targets=("attention",)), "unknown parameters, first .*experts.*the tree their LoraConfig"),
+        (LoraConfig(rank=2, targets=("attention", "experts", "vision")), "missing parameters, first .*visual"),
+        (LoraConfig(rank=3, targets=("attention", "experts")), r"has shape .*, expected \["),
+    ],
+    ids=["more", "fewer", "another rank"],
+)
+def test_adapters_are_those_their_config_describes(lora: LoraConfig, message: str, tmp_path: Path) -> None:
+    """More were left out of the directory in silence, and those of another rank scaled by another number."""
+    model = build(training.SMALL)
+    adapters = lora_cases.random_adapters(model, LoraConfig(rank=2, targets=("attention", "experts")))
+    with pytest.raises(CheckpointError, match=message):
+        with_adapters(model, adapters, lora)
+    with pytest.raises(CheckpointError, match=message):
+        save_adapter(tmp_path / "a", model.config, adapters, lora)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_adapters_is_not_saved_without_them(tmp_path: Path) -> None:
+    model, lora = build(training.SMALL), LoraConfig(rank=2, targets=("attention",))
+    with pytest.raises(CheckpointError, match="the model has adapters.*save_adapter"):
+        with_adapters(model, lora_cases.random_adapters(model, lora), lora).save_pretrained(tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

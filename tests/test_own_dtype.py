@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from qvlmoe_jax import Qwen3VLMoeForConditionalGeneration
+from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.generation_config import GenerationConfig
 from qvlmoe_jax.param_tree import flatten
 from tests import cases, ours, tiny
@@ -75,3 +77,12 @@ def test_a_generation_config_made_by_hand_is_written_as_a_file_says_it(tmp_path:
     assert (read.eos_token_id, read.pad_token_id) == ((4,), 2)
     assert read.sampling == {**made.sampling, "top_k": 0}
     assert GenerationConfig().to_hf() == {}
+
+
+@pytest.mark.parametrize("dtype", ["int8", np.int32, "bool", "complex64", "float8_e4m3fn", "bf16", object()], ids=str)
+def test_a_dtype_that_holds_no_weights_is_refused(dtype: Any, tmp_path: Path) -> None:
+    directory = write_hf_checkpoint(tmp_path / "hf", tiny.TINY, random_hf_tensors(tiny.TINY))
+    with pytest.raises(ConfigError, match="dtype = .*, expected float32, bfloat16 or float16"):
+        Qwen3VLMoeForConditionalGeneration.from_pretrained(directory, dtype=dtype)
+    with pytest.raises(ConfigError, match="dtype = .*, expected float32"):
+        Qwen3VLMoeForConditionalGeneration.from_config(tiny.TINY, nnx.Rngs(0), dtype=dtype)

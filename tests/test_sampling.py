@@ -160,6 +160,13 @@ def test_values_do_not_recompile() -> None:
     assert Sampling.of(temperature=0, top_p=0.5, top_k=3) == Sampling(), "greedy needs no cut"
 
 
+def test_values_may_be_numpys_and_jaxs() -> None:
+    options = {"temperature": 0.5, "top_k": 3, "top_p": 0.5}
+    of_numpy: dict[str, Any] = {name: np.asarray(value)[()] for name, value in options.items()}
+    of_jax: dict[str, Any] = {name: jnp.asarray(value) for name, value in options.items()}
+    assert Sampling.of(**of_numpy) == Sampling.of(**of_jax) == Sampling.of(temperature=0.5, top_k=3, top_p=0.5)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -171,6 +178,12 @@ def test_values_do_not_recompile() -> None:
         {"min_p": -0.1},
         {"repetition_penalty": 0},
         {"presence_penalty": float("inf")},
+        {"temperature": None},
+        {"temperature": "0.7"},
+        {"temperature": [0.7, 0.8]},
+        {"top_k": None},
+        {"top_p": None},
+        {"repetition_penalty": True},
     ],
     ids=str,
 )
