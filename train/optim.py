@@ -17,7 +17,6 @@ import optax
 
 from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.param_tree import flatten, nest
-from qvlmoe_jax.sharding import table_row
 from train.config import OptimizerConfig, ScheduleConfig
 from train.keeping import Keeping, keeping, scale_by_adam
 
@@ -43,6 +42,9 @@ _MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     (r".*blocks/attn/proj/weight", (-3, -2), (-1,)),
     (r".*visual/.*/linear_fc[12]/weight", (-2,), (-1,)),
 )
+
+# Each gives the parameters below it a leading dim of their own.
+_STACKS = (r"(^|/)(layers|blocks|deepstack_merger_list)/", r"(^|/)mlp/experts/")
 
 
 def split_frozen(params: Mapping[str, Any], freeze: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -154,8 +156,8 @@ def _clip_each_rms(updates: Any, params: Any = None) -> Any:
     del params
 
     def clipped(path: str, leaf: jax.Array) -> jax.Array:
-        own = len(table_row(path)) - ("mlp/experts/" in path)  # trailing dims of one layer's, one expert's parameter
-        rms = jnp.sqrt(jnp.mean(jnp.square(leaf), axis=tuple(range(leaf.ndim - own, leaf.ndim)), keepdims=True))
+        stacked = sum(re.search(pattern, path) is not None for pattern in _STACKS)
+        rms = jnp.sqrt(jnp.mean(jnp.square(leaf), axis=tuple(range(stacked, leaf.ndim)), keepdims=True))
         return leaf / jnp.maximum(1.0, rms)
 
     return nest({path: clipped(path, leaf) for path, leaf in flatten(updates).items()})
