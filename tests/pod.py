@@ -130,16 +130,27 @@ def environment(devices: int, cache: Path) -> dict[str, str]:
 
 @contextmanager
 def started(
-    arguments: Sequence[str | Path], *, processes: int, devices: int, cache: Path, module: str = "train"
+    arguments: Sequence[str | Path],
+    *,
+    processes: int,
+    devices: int,
+    cache: Path,
+    module: str = "train",
+    last: Sequence[str] = (),
 ) -> Iterator[list[Child]]:
-    """`python -m MODULE ARGUMENTS` in so many processes with so many devices each. All are dead when the block ends."""
+    """`python -m MODULE ARGUMENTS` in so many processes with so many devices each. All are dead when the block ends.
+
+    Args:
+      last: more arguments, of the last process alone.
+    """
     command: list[str | Path] = [sys.executable, "-m", module, *arguments]
     children = []
     where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
     try:
         for i in range(processes):
             own = {**where, "JAX_PROCESS_ID": str(i)} if processes > 1 else {}
-            children.append(Child(command, {**environment(devices, cache), **own}))
+            more = last if i == processes - 1 else ()
+            children.append(Child([*command, *more], {**environment(devices, cache), **own}))
         yield children
     finally:
         for child in children:

@@ -254,13 +254,45 @@ def test_files_of_every_kind_hold_the_same_records(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{**text_record(f"question {i} \u00e9\u4e2d", f"a{i}" * (i % 50)), "n": i} for i in range(3000)]
+    rows = [{**text_record(f"question {i} \u00e9\u4e2d", f"a{i}" * (i % 50)), "system": str(i)} for i in range(3000)]
     write_jsonl(tmp_path / "r.jsonl", rows)
     (tmp_path / "r.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet", row_group_size=700)
     for suffix in ("jsonl", "json", "parquet"):
         assert payloads(tmp_path / f"r.{suffix}", tmp_path / "cache") == rows, suffix
     assert payloads(tmp_path / "r.parquet", tmp_path / "cache") == rows  # from the copy that is there now
+
+
+def test_other_columns_of_a_parquet_file_are_not_read(tmp_path: Path) -> None:
+    """Python has no name for a time in nanoseconds, and nothing here asks for it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [text_record(f"q{i}", "a") for i in range(3)]
+    when = pa.array([2**62 + 1] * 3, pa.timestamp("ns"))
+    pq.write_table(pa.Table.from_pylist(rows).append_column("when", when), tmp_path / "r.parquet")
+    assert payloads(tmp_path / "r.parquet", tmp_path / "cache") == rows
+    pq.write_table(pa.table({"when": when}), tmp_path / "none.parquet")
+    with pytest.raises(ConfigError, match="has the columns when, expected messages or conversations"):
+        Records([SourceConfig(str(tmp_path / "none.parquet"))], cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [text_record(f"question {i}", f"answer {i}" * 20) for i in range(2000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    content = bytearray((tmp_path / "r.parquet").read_bytes())
+    content[3000:3400] = b"\xff" * 400
+    (tmp_path / "r.parquet").write_bytes(bytes(content))
+    with pytest.raises(ConfigError, match="r.parquet cannot be read as Parquet"):
+        Records([SourceConfig(str(tmp_path / "r.parquet"))], cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_key_without_a_value_is_none() -> None:
+    with pytest.raises(RecordError, match=r"has the keys n, expected messages or conversations"):
+        read({"messages": None, "n": 1})
 
 
 def test_lines_are_numbered_and_blank_ones_are_no_records(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.batch import IGNORED_LABEL
+from qvlmoe_jax.errors import ConfigError
 from tests import tolerances
 from tests.data_cases import MODEL_CONFIG, config, picture, processor
 from train.data_config import DataConfig
@@ -167,3 +169,10 @@ def test_a_packed_document_computes_what_it_computes_alone() -> None:
 def chat(question: str, answer: str, *pictures: Any) -> list[dict[str, Any]]:
     content = [*({"type": "image", "image": p} for p in pictures), {"type": "text", "text": question}]
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize("size", [10**14, 10**19])
+@pytest.mark.parametrize("name", ["sequence_length", "batch_rows", "accumulation", "row_patches"])
+def test_a_batch_that_no_memory_holds_is_an_error_of_the_config(name: str, size: int) -> None:
+    with pytest.raises(ConfigError, match=f"no memory for a vision group's batch of .*{name} = {size}"):
+        Packer(config(Path("r.jsonl"), vision_groups=1, **{name: size}), VISION).finish()

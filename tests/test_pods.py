@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,8 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(place: Place, pair: P
     assert loop_state(run, STEPS) == loop_state(pair, STEPS)
 
 
-def start_fails(place: Place, run: Path, *more: str) -> list[pod.Child]:
-    with pod.started(place.arguments(run, *more), processes=2, devices=1, cache=place.cache) as children:
+def start_fails(place: Place, run: Path, *more: str, last: Sequence[str] = ()) -> list[pod.Child]:
+    with pod.started(place.arguments(run, *more), processes=2, devices=1, cache=place.cache, last=last) as children:
         assert [child.wait(200) for child in children] == [2, 2], "\n".join(child.report for child in children)
         return children
 
@@ -231,3 +232,10 @@ def test_what_is_wrong_is_said_by_every_process_in_a_line(place: Place, tmp_path
     (tmp_path / "other" / "thesis.tex").touch()
     for child in start_fails(place, tmp_path / "other", *TWO):
         assert "is not empty and no training run" in child.errors
+
+
+@pytest.mark.slow
+def test_data_that_one_process_cannot_open_are_said_by_all(place: Place, tmp_path: Path) -> None:
+    missing = tmp_path / "elsewhere.jsonl"
+    for child in start_fails(place, tmp_path / "run", *TWO, last=["--data.sources", f"[{{path: {missing}}}]"]):
+        assert f"error: {missing} does not exist, expected a file of records" in child.errors

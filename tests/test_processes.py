@@ -64,3 +64,6 @@ def test_one_process_talks_to_itself() -> None:
     assert processes.exchange(7) == [7] and processes.gather({"a": [1]}) == [{"a": [1]}] and processes.is_first()
     with pytest.raises(ConfigError, match="wrong"):
         processes.by_first(lambda: (_ for _ in ()).throw(ConfigError("wrong")))
+    assert processes.in_all(lambda: 3) == 3
+    with pytest.raises(ConfigError, match="wrong"):
+        processes.in_all(lambda: (_ for _ in ()).throw(ConfigError("wrong")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,8 @@ def test_a_saved_config_reads_back_the_same(tmp_path: Path) -> None:
         (["--model.path", "null"], "model.path is None, expected a string"),
         (["--model", "{from_scratch: true}"], "model.path is missing, expected a value"),
         (["--schedule.name", "wsd"], "schedule: schedule wsd needs decay_steps"),
+        (["--schedule.decay_steps", "5"], "schedule: decay_steps = 5 is wsd's, and the schedule is cosine; expected null"),
+        (["--data.lookahead", "1000000000000000000000"], "data: lookahead = 1000000000000000000000, expected at most 4096"),
         (["--schedule.warmup_steps", "101"], "warmup_steps + decay_steps = 101 is more than steps = 100"),
         (["--backend.remat", "some"], "backend.remat is 'some', expected one of none, full, dots"),
         (["--checkpoint.best", "1"], "checkpoint.best is set, but nothing tells which is best; expected a validation section"),
@@ -124,6 +127,14 @@ def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "latin.yaml").write_bytes(f"{MINIMAL}# caf\xe9\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin.yaml: not UTF-8 at byte \d+ \(.*\); save it as UTF-8"):
         load_config(tmp_path / "latin.yaml")
+
+
+def test_the_command_leaves_loggers_as_they_were() -> None:
+    from train.__main__ import main
+
+    absl = logging.getLogger("absl")
+    before = absl.level
+    assert main(["plot"]) == 2 and absl.level == before
 
 
 def test_the_command_refuses_in_one_line_without_jax(tmp_path: Path) -> None:

@@ -100,6 +100,27 @@ def test_adafactor_keeps_sums_of_rows_and_columns() -> None:
         assert 0.3 < float(jnp.sqrt(jnp.mean(leaf**2))) < 1.5, path
 
 
+def test_adafactor_clips_each_matrix_of_a_stack_alone() -> None:
+    """One expert of one layer has a gradient that jumps: every update is that of the matrix alone, the others' untouched."""
+    path, shape = "language_model/layers/mlp/experts/down_proj", (4, 3, 130, 160)
+    rng = np.random.default_rng(0)
+    gradients = [jnp.asarray(rng.normal(0, 0.1, shape), jnp.float32) for _ in range(3)]
+    gradients[2] = gradients[2].at[1, 2].multiply(100)
+
+    def last(gradients: list[jax.Array], tx: Any, path: str) -> jax.Array:
+        params = nest({path: jnp.zeros_like(gradients[0])})
+        state, update = tx.init(params), params
+        for gradient in gradients:
+            update, state = tx.update(nest({path: gradient}), state, params)
+        return flatten(update)[path]
+
+    found = last(gradients, make_optimizer(OptimizerConfig(name="adafactor")), path)
+    single = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    for layer, expert in ((0, 0), (1, 1), (1, 2), (3, 2)):
+        expected = last([gradient[layer, expert] for gradient in gradients], single, "w")
+        assert np.allclose(found[layer, expert], expected, rtol=1e-5, atol=1e-6), (layer, expert)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor"])
 def test_weight_decay_is_decoupled_and_leaves_norms_alone(name: Any) -> None:
     plain, decayed = (directions(OptimizerConfig(name=name, weight_decay=w), steps=2) for w in (0.0, 0.5))

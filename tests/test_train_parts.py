@@ -123,7 +123,7 @@ def test_metrics_lines_survive_kills_and_resume(tmp_path: Path, capsys: pytest.C
     metrics = Metrics(tmp_path, MetricsConfig(), {})
     for step in (1, 2, 3):
         metrics.write("train", step, {"loss": np.float32(step), "mfu": None, "router": {"dead": [0]}}, show=("loss", "mfu"))
-    metrics.write("train", 4, {"loss": float("nan")})
+    metrics.write("train", 4, {"loss": float("nan"), "router": {"z_loss": [float("nan"), 1.0]}})
     metrics.close()
     assert capsys.readouterr().out.splitlines()[0] == "train       1  loss 1"
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -131,6 +131,7 @@ def test_metrics_lines_survive_kills_and_resume(tmp_path: Path, capsys: pytest.C
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[0] == {"kind": "train", "step": 1, "loss": 1.0, "router": {"dead": [0]}} and lines[3]["loss"] == "nan"
+    assert lines[3]["router"] == {"z_loss": ["nan", 1.0]}  # JSON has no NaN, and other readers refuse it
     Metrics(tmp_path, MetricsConfig(), {}, resume_step=2).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
@@ -143,13 +144,21 @@ def test_a_service_that_is_not_installed(tmp_path: Path, service: str, monkeypat
         Metrics(tmp_path, dataclasses.replace(MetricsConfig(), **{service: True}), {})  # pyright: ignore[reportArgumentType]
 
 
+def test_a_metrics_line_that_nobody_wrote_is_named(tmp_path: Path) -> None:
+    for line in (b"\0\0\0", b'{"step": 2', b"\xff"):
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "train", "step": 1}\n' + line + b"\n")
+        with pytest.raises(TrainingError, match="metrics.jsonl: line 2 is not JSON"):
+            read_metrics(tmp_path)
+
+
 def test_the_plot_is_drawn_from_the_file(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no metrics"):
         plot(tmp_path)
     metrics = Metrics(tmp_path, MetricsConfig(), {})
+    load = {"max_over_mean": [1.5, 2.0], "entropy": [1, 1], "dead": [0, 0]}
     for step in range(1, 4):
-        load = {"max_over_mean": [1.5, 2.0], "entropy": [1, 1], "dead": [0, 0]}
         metrics.write("train", step, {"loss": 3 / step, "grad_norm": 1.0, "learning_rate": 1e-3, "accuracy": 0.1, "router": load})
+    metrics.write("train", 4, {"loss": float("nan"), "router": {**load, "max_over_mean": [float("inf"), 2.0]}})
     metrics.write("validation", 3, {"validation_loss": 2.0, "token_accuracy": 0.5, "exact_match": 0.25})
     metrics.close()
     picture = plot(tmp_path)

@@ -142,12 +142,14 @@ def _run(argv: Sequence[str] | None) -> int:
     accept_any_text()
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # Orbax and Grain report each file there, and each error, which they also raise, with every stack it passes through.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
     command = {"plan": _plan, "plot": _plot, "export": _export}.get(arguments[0])
+    # Orbax and Grain report each file there, and each error, which they also raise, with every stack it passes through.
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)
     try:
         return _train(arguments) if command is None else command(arguments[1:])
     except ModuleNotFoundError as error:
@@ -164,6 +166,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the run goes on from its newest checkpoint", file=sys.stderr)
         return 130
+    finally:
+        absl.setLevel(level)  # a program that calls `main` has its own use for it
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ class RouterConfig:
 class OptimizerConfig:
     """
     Attributes:
-      b1, b2: None = the optimizer's own default (adamw 0.9, 0.95; lion 0.9, 0.99; muon's momentum 0.95; adafactor: no momentum).
+      b1, b2: None = the optimizer's own default (adamw 0.9, 0.95; lion 0.9, 0.99; muon's momentum 0.95). Of adafactor
+        b1 is the momentum, by default none, and b2 is not a factor but the exponent 0.8 of `1 - step^-b2`.
       eps: adamw's, and adamw's inside muon.
       weight_decay: decoupled, times the learning rate; matrices only (norms and biases have none).
       clip_norm: of the gradient's global norm; None = no clipping.
@@ -135,7 +136,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the run: linear warm-up over `warmup_steps`, then
+    """The learning rate over the run: linear warm-up over `warmup_steps`, whose last one has the peak (transformers' schedules
+    begin at 0 and reach it a step later), then
 
     `constant`; `linear` or `cosine` from the peak down towards `final_fraction` of it; `wsd`: constant, then linear down over the
     last `decay_steps`. As in transformers and optax `final_fraction` belongs to step `steps`, one after the last: the last of 10
@@ -152,6 +154,8 @@ class ScheduleConfig:
         if self.final_fraction > 1:
             raise ConfigError(f"final_fraction = {self.final_fraction}, expected at most 1, the peak itself")
         _positive(decay_steps=self.decay_steps)
+        if self.name != "wsd" and self.decay_steps is not None:
+            raise ConfigError(f"decay_steps = {self.decay_steps} is wsd's, and the schedule is {self.name}; expected null")
         if self.name == "wsd" and self.decay_steps is None:
             raise ConfigError("schedule wsd needs decay_steps, how many of the last steps the rate falls over")
 

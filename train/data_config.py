@@ -7,6 +7,9 @@ from typing import Literal
 
 from qvlmoe_jax.errors import ConfigError
 
+MOST_WAITING = 4096
+"""Past this a batch's gaps are long filled, and the first one only waits: an endless repetition would be read endlessly."""
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -49,7 +52,7 @@ class DataConfig:
       shuffle: a new order each epoch, by `seed`. False keeps the files' order.
       label_newline: also learn the newline that follows an assistant turn's `<|im_end|>`.
       max_bad_records: how many different records a training process may skip before the run stops.
-      lookahead: documents of a group that may wait for the next batch while later ones fill this one's gaps.
+      lookahead: documents of a group that may wait for the next batch while later ones fill this one's gaps; decoded, in memory.
       workers: processes that decode for each training process, rounded up to a multiple of its groups; 0 decodes in the training
         process. The batches are the same either way.
       prefetch: batches made ahead by a thread.
@@ -81,6 +84,10 @@ class DataConfig:
             value = getattr(self, field.name)
             if type(value) is int and value < least.get(field.name, 1):
                 raise ConfigError(f"{field.name} = {value}, expected at least {least.get(field.name, 1)}")
+        if self.lookahead > MOST_WAITING:
+            raise ConfigError(
+                f"lookahead = {self.lookahead}, expected at most {MOST_WAITING}: documents wait in memory, decoded, pictures too"
+            )
         if self.vision_groups and self.batch_rows % self.vision_groups:
             raise ConfigError(f"batch_rows = {self.batch_rows} is not a multiple of vision_groups = {self.vision_groups}")
         weighted = [source.weight is not None for source in self.sources]

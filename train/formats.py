@@ -47,7 +47,8 @@ def to_messages(record: RawRecord) -> list[Message]:
     if record.format == "auto":
         known = [key for key in ("messages", "conversations") if fields.get(key) is not None]
         if not known:
-            raise RecordError(f"has the keys {', '.join(sorted(fields)) or '(none)'}, expected messages or conversations")
+            keys = sorted(key for key, value in fields.items() if value is not None)
+            raise RecordError(f"has the keys {', '.join(keys) or '(none)'}, expected messages or conversations")
         key = known[0]
     else:
         key = record.format

@@ -242,10 +242,11 @@ def train(
         if data is not None:
             source: Data = WholeBatches(data)
         else:
-            source = open_data(config, config.data, mesh, len(streams) if streams else None)
+            source = processes.in_all(lambda: open_data(config, config.data, mesh, len(streams) if streams else None))
             stack.callback(source.close)
         if streams is not None:
-            source.set_state({str(group): stream for group, stream in enumerate(streams)})
+            states = {str(group): stream for group, stream in enumerate(streams)}
+            processes.in_all(lambda: source.set_state(states))
             if processes.is_first():
                 log.warning("resumed from the checkpoint of step %d", int(state.step))
         if processes.is_first():
@@ -372,7 +373,8 @@ def _check_bad_steps(config: TrainConfig, done: int, values: Mapping[str, Any]) 
 def _open_validation(config: TrainConfig, mesh: Mesh | None) -> Data:
     assert config.validation is not None
     section = config.validation.data
-    return open_data(config, dataclasses.replace(section, epochs=1) if config.validation.batches is None else section, mesh)
+    section = dataclasses.replace(section, epochs=1) if config.validation.batches is None else section
+    return processes.in_all(lambda: open_data(config, section, mesh))
 
 
 def _validation_batches(

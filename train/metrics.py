@@ -24,12 +24,23 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file. A last line that a kill cut short is left out."""
+    """The lines of a run's metrics file. A last line that a kill cut short is left out.
+
+    Raises:
+      TrainingError: another line is not one that was written: a fault of the disk, or of an editor.
+    """
     path = Path(run) / METRICS_FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    read = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if not line:
+            continue
+        try:
+            read.append(json.loads(line))
+        except ValueError:  # not JSON, or not UTF-8
+            raise TrainingError(f"{path}: line {number} is not JSON; remove the line") from None
+    return read
 
 
 def router_load(stats: RouterStats, bias: Any = None) -> dict[str, list[float]]:
@@ -112,7 +123,11 @@ class Metrics:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping | list | str | int):
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str | int):
         return value
     number = float(value)
     return number if math.isfinite(number) else str(number)  # JSON has no NaN

@@ -43,6 +43,9 @@ _MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     (r".*visual/.*/linear_fc[12]/weight", (-2,), (-1,)),
 )
 
+# Each gives the parameters below it a leading dim of their own.
+_STACKS = (r"(^|/)(layers|blocks|deepstack_merger_list)/", r"(^|/)mlp/experts/")
+
 
 def split_frozen(params: Mapping[str, Any], freeze: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(trained, frozen)`: two nested trees that together are `params`.
@@ -144,6 +147,22 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.partition({"muon": optax.chain(muon, optax.stateless(match_rms)), "adam": adam}, labels)
 
 
+def _clip_each_rms(updates: Any, params: Any = None) -> Any:
+    """Each layer's (and expert's) update scaled down to a root mean square of 1 (arXiv 1804.04235, section 6).
+
+    `optax.clip_by_block_rms` would take a stack for one parameter: a layer whose gradient jumps would then pass nearly unclipped,
+    and shrink the updates of all others.
+    """
+    del params
+
+    def clipped(path: str, leaf: jax.Array) -> jax.Array:
+        stacked = sum(re.search(pattern, path) is not None for pattern in _STACKS)
+        rms = jnp.sqrt(jnp.mean(jnp.square(leaf), axis=tuple(range(stacked, leaf.ndim)), keepdims=True))
+        return leaf / jnp.maximum(1.0, rms)
+
+    return nest({path: clipped(path, leaf) for path, leaf in flatten(updates).items()})
+
+
 def make_optimizer(config: OptimizerConfig) -> Keeping:
     """The direction of descent with weight decay added: `params -= rate * direction`. Clipping is the step's."""
     decay = optax.add_decayed_weights(config.weight_decay, mask=decays)
@@ -158,7 +177,7 @@ def make_optimizer(config: OptimizerConfig) -> Keeping:
     else:
         scale = optax.chain(
             optax.scale_by_factored_rms(decay_rate=0.8 if b2 is None else b2),
-            optax.clip_by_block_rms(1.0),
+            optax.stateless(_clip_each_rms),
             *([] if b1 is None else [optax.ema(b1, debias=False, accumulator_dtype=moment)]),
         )
     return keeping(optax.chain(scale, decay))

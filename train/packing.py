@@ -7,13 +7,16 @@ frame. What fits nowhere waits for the next batch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from qvlmoe_jax.batch import IGNORED_LABEL, Batch
 from qvlmoe_jax.config import Qwen3VLMoeVisionConfig
+from qvlmoe_jax.errors import ConfigError
 from qvlmoe_jax.frames import block_coordinates, position_table_taps
 from train.data_config import DataConfig
 from train.documents import Document
@@ -31,13 +34,25 @@ class _Place:
 
 
 class Packer:
-    """Fills one batch after another: `add` until it says no, then `finish`."""
+    """Fills one batch after another: `add` until it says no, then `finish`. Either way of making one raises ConfigError where
+    this machine has no memory for batches of that size."""
 
     def __init__(self, config: DataConfig, vision: Qwen3VLMoeVisionConfig):
         self._config, self._vision = config, vision
         self._A, self._B, self._T = config.accumulation, config.batch_rows, config.sequence_length
         self._G, self._R, self._P = config.num_groups(1), config.vision_rows, config.row_patches
-        self._clear()
+        with self._memory():
+            self._clear()
+
+    @contextlib.contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Arrays that are too large are an error of the sizes in the config."""
+        try:
+            yield
+        except (MemoryError, ValueError, OverflowError):  # the latter two: more bytes than an address can count
+            sizes = ("accumulation", "batch_rows", "sequence_length", "vision_rows", "row_patches")
+            named = ", ".join(f"{name} = {getattr(self._config, name)}" for name in sizes)
+            raise ConfigError(f"no memory for a vision group's batch of {named}; expected smaller sizes") from None
 
     def _clear(self) -> None:
         self._free_tokens = np.full((self._A, self._B), self._T)
@@ -97,10 +112,23 @@ class Packer:
         return where
 
     def finish(self) -> Batch:
-        """The batch of what was added, every array with a leading A, and an empty packer again."""
+        """The batch of what was added, every array with a leading A, and an empty packer again.
+
+        Raises:
+          ConfigError: this machine has no memory for a batch of that size.
+        """
+        with self._memory():
+            batch = self._blank()
+        for document, place in self._placed:
+            self._write(batch, document, place)
+        self._clear()
+        return batch
+
+    def _blank(self) -> Batch:
+        """A batch without documents."""
         A, B, T = self._A, self._B, self._T
         vision_shape = (A, self._G, self._R, self._P)
-        batch = Batch(
+        return Batch(
             input_ids=np.zeros((A, B, T), np.int32),
             position_ids=np.zeros((A, 3, B, T), np.int32),
             segment_ids=np.zeros((A, B, T), np.int32),
@@ -112,10 +140,6 @@ class Packer:
             pos_weight=np.zeros((*vision_shape, 4), np.float32),
             labels=np.full((A, B, T), IGNORED_LABEL, np.int32),
         )
-        for document, place in self._placed:
-            self._write(batch, document, place)
-        self._clear()
-        return batch
 
     def _write(self, batch: Batch, document: Document, place: _Place) -> None:
         a, b, group = place.a, place.b, self._group(place.b)

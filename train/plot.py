@@ -53,7 +53,7 @@ def plot(run: str | Path) -> Path:
     panels.flat[0].set_yscale("log")
     routers = [(line["step"], line["router"]["max_over_mean"]) for line in lines if line.get("router")]
     if routers:
-        load = np.array([layers for _, layers in routers])
+        load = np.array([layers for _, layers in routers], float)  # what is not finite is text in the file
         for layer in range(load.shape[1]):
             panels.flat[5].plot([step for step, _ in routers], load[:, layer], linewidth=0.8)
     panels.flat[5].set(title="busiest expert / mean, per layer", xlabel="step")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from train.errors import TrainingError
 
 if TYPE_CHECKING:
     from train.config import DistributedConfig
+
+T = TypeVar("T")
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # as jax asks for them
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -127,6 +129,23 @@ def gather(value: Any) -> list[Any]:
     padded[: len(text)] = text
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def in_all(action: Callable[[], T]) -> T:
+    """What `action`, which is no collective, returns here; or an error in all: where it fails its own, elsewhere a TrainingError
+    of the first one's words."""
+    error: Exception | None = None
+    value: Any = None
+    try:
+        value = action()
+    except (QvlmoeError, OSError) as raised:
+        error = raised
+    said = next((words for words in gather(None if error is None else str(error)) if words is not None), None)
+    if error is not None:
+        raise error
+    if said is not None:
+        raise TrainingError(said)
+    return value
 
 
 def by_first(action: Callable[[], Any]) -> None:

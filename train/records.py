@@ -20,6 +20,9 @@ import numpy as np
 from qvlmoe_jax.errors import ConfigError
 from train.data_config import SourceConfig
 
+FIELDS = ("messages", "conversations", "system", "tools", "image", "images", "video", "videos")
+"""The keys of a record that mean something (`train/formats.py`); a Parquet file's other columns are not read."""
+
 _CHUNK = 1 << 22
 _ARROW_BATCH_BYTES = 1 << 18
 
@@ -186,17 +189,22 @@ class _Parquet:
         import pyarrow.parquet as pq
 
         stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:24]
+        key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{FIELDS}".encode()).hexdigest()[:24]
         self._copy, self._reader = cache / f"{path.stem}-{key}.arrow", None
         try:
             source = pq.ParquetFile(path)
+            if not {"messages", "conversations"} & {*source.schema_arrow.names}:
+                names = ", ".join(source.schema_arrow.names) or "(none)"
+                raise ConfigError(f"{path} has the columns {names}, expected messages or conversations")
             self._length = source.metadata.num_rows
             size = sum(source.metadata.row_group(i).total_byte_size for i in range(source.metadata.num_row_groups))
             # From what the file says of itself, so that every process cuts the copy alike.
             self._rows = int(np.clip(_ARROW_BATCH_BYTES * self._length // max(size, 1), 1, 1024))
             if not self._copy.exists():
                 _copy_to_arrow(source, self._copy, self._rows)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's: no right to read, a full disk; without a number it is Arrow's, of damaged pages
             raise ConfigError(f"{path} cannot be read as Parquet: {error}") from None
 
     def __len__(self) -> int:
@@ -225,9 +233,10 @@ def _copy_to_arrow(source: Any, target: Path, rows: int) -> None:
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name)
     os.close(handle)
     try:
-        with pa.OSFile(partial, "wb") as sink, pa.ipc.new_file(sink, source.schema_arrow) as writer:
+        schema = pa.schema([field for field in source.schema_arrow if field.name in FIELDS])
+        with pa.OSFile(partial, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             kept: list[Any] = []
-            for batch in source.iter_batches(batch_size=max(rows, 64)):
+            for batch in source.iter_batches(batch_size=max(rows, 64), columns=schema.names):
                 kept.append(batch)
                 table = pa.Table.from_batches(kept)
                 whole = len(table) // rows * rows
