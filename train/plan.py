@@ -103,7 +103,7 @@ def memory_lines(plan: Plan) -> Iterator[str]:
     memory = plan.program.memory
     yield "Memory per device, GiB"
     for kind in ("arguments", "output", "temporaries", "program", "peak"):
-        note = "  alive at once, by the compiler's count; the kinds share memory and do not add up to it" if kind == "peak" else ""
+        note = "  alive at once, as the compiler counts; kinds share memory and do not add up to it" if kind == "peak" else ""
         yield f"  {kind:<12}{memory[kind] / GIB:9.2f}{note}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield f"  {verdict}: {memory['peak'] / GIB:.2f} of {plan.limit_gib:.2f}"
