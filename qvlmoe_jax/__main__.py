@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         args.run(args)
+        sys.stdout.flush()  # an error of it is told as others are
     except (QvlmoeError, OSError) as error:
         print_error(error)
         return 2

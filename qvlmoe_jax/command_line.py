@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
+import select
 import sys
 from typing import NoReturn
 
@@ -37,5 +39,14 @@ def one_line(error: BaseException) -> str:
 
 
 def print_error(error: BaseException) -> None:
-    """One line on stderr."""
+    """One line on stderr; none where stdout's reader has gone (`| head`), since a command ends without a word then."""
+    if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout.fileno()):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which flushes once more as it ends
+        return
     print("error:", one_line(error), file=sys.stderr, flush=True)
+
+
+def _is_unread(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

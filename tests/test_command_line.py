@@ -41,6 +41,26 @@ def test_what_a_message_quotes_reaches_no_terminal_as_it_is(capsys: pytest.Captu
     assert capsys.readouterr().err == "error: a file\\x1b[2J and \\udcff\n"
 
 
+@pytest.mark.parametrize("arguments", [["inspect", "{model}"], ["--help"]], ids=["a command", "help"])
+def test_a_reader_that_has_gone_is_no_error(arguments: list[str], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    arguments = [a.format(model=tmp_path / "model") for a in arguments]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "convert", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(write)
+    assert done.stderr == ""
+
+
+def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "convert", "inspect", str(tmp_path / "model")]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stderr == "error: [Errno 28] No space left on device\n"
+
+
 def in_ascii(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Python as a process of its own, on a terminal that shows ASCII only."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}

@@ -142,16 +142,21 @@ def _run(argv: Sequence[str] | None) -> int:
     accept_any_text()
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    command = {"plan": _plan, "plot": _plot, "export": _export}.get(arguments[0])
+    commands = {"plan": _plan, "plot": _plot, "export": _export}
     # Orbax and Grain report each file there, and each error, which they also raise, with every stack it passes through.
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.CRITICAL)
     try:
-        return _train(arguments) if command is None else command(arguments[1:])
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(USAGE)
+            status = 0 if arguments else 2
+        elif arguments[0] in commands:
+            status = commands[arguments[0]](arguments[1:])
+        else:
+            status = _train(arguments)
+        sys.stdout.flush()  # an error of it is told as others are
+        return status
     except ModuleNotFoundError as error:
         if error.name not in ("yaml", "grain", "pyarrow"):
             raise
