@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -183,7 +184,7 @@ def keep_columns(hidden: jax.Array, segment_ids: jax.Array, logits_to_keep: Any)
         logits_to_keep = min(int(logits_to_keep), T)
         end = jnp.max(jnp.where(jnp.any(segment_ids > 0, axis=0), jnp.arange(T) + 1, 0))
         logits_to_keep = jnp.maximum(end - logits_to_keep + jnp.arange(logits_to_keep), 0)
-    elif not isinstance(logits_to_keep, jax.core.Tracer):  # whose numbers cannot be known
+    elif not isinstance(logits_to_keep, Tracer):  # whose numbers cannot be known
         columns = np.asarray(logits_to_keep)
         if columns.dtype.kind not in "iu" or (columns.size and not 0 <= columns.min() <= columns.max() < T):
             raise BatchError(f"logits_to_keep = {logits_to_keep!r}, expected columns from 0 to {T - 1}")

@@ -159,7 +159,8 @@ def _read_config(directory: Path) -> tuple[Mapping[str, Any], int, float]:
         raise CheckpointError(f"{file}: {on[0]} = {json.dumps(tree[on[0]])} is not supported, expected plain LoRA")
     _refuse_changed_base(file, tree.get("init_lora_weights") or False)
     rank, alpha = tree.get("r"), tree.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    wrong = bool in (type(rank), type(alpha))
+    if wrong or not isinstance(rank, int) or not isinstance(alpha, int | float) or not (rank >= 1 and 0 < alpha < math.inf):
         raise CheckpointError(f"{file}: r = {rank!r} and lora_alpha = {alpha!r}, expected numbers more than 0")
     named = tree.get("target_parameters") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
