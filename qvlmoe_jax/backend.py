@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +20,7 @@ SCORES_BYTES = 1 << 22
 
 _CHOICES = {
     "attention": ("auto", "dense", "chunked", "splash", "flash"),
-    "experts": ("auto", "tiles", "ragged_dot"),
+    "experts": ("auto", "tiles", "ragged_dot", "tokamax"),
     "dispatch": ("allgather", "all_to_all"),
     "remat": ("none", "full", "dots"),
     "router_dtype": ("model", "float32"),
@@ -38,7 +39,8 @@ class BackendConfig:
       attention_chunk: most queries, and keys, per block of the chunked kernel (see `blocks.columns`).
       experts: `tiles` loops over tiles of rows sorted by expert; `ragged_dot` is `jax.lax.ragged_dot`, a kernel on TPU and a
         dense product over all experts elsewhere (CPU: 5.7 s against 0.1 s at 512 tokens; jaxlib 0.9 and 0.10 on GPU: all rows
-        once more per expert in memory); `auto` takes ragged_dot on TPU, else tiles (not yet run on a GPU).
+        once more per expert in memory); `tokamax` is that library's kernels for GPUs (not yet run on one); `auto` takes
+        ragged_dot on TPU, tokamax on GPU where it is installed, else tiles.
       dispatch: how tokens reach experts on other devices; `allgather` gathers tokens over the expert axis, `all_to_all` sends
         each row to its expert's device and back (the cheaper one above some 8 expert shards). The same on one device.
       remat: what the backward pass recomputes: nothing, each layer whole (`full`), or all but matrix products (`dots`).
@@ -50,7 +52,7 @@ class BackendConfig:
 
     attention: Literal["auto", "dense", "chunked", "splash", "flash"] = "auto"
     attention_chunk: int = 512
-    experts: Literal["auto", "tiles", "ragged_dot"] = "auto"
+    experts: Literal["auto", "tiles", "ragged_dot", "tokamax"] = "auto"
     dispatch: Literal["allgather", "all_to_all"] = "allgather"
     remat: Literal["none", "full", "dots"] = "none"
     router_dtype: Literal["model", "float32"] = "model"
@@ -71,7 +73,8 @@ class BackendConfig:
         """
         changes: dict[str, Any] = {}
         if self.experts == "auto":
-            changes["experts"] = "ragged_dot" if platform == "tpu" else "tiles"
+            tokamax = platform == "gpu" and importlib.util.find_spec("tokamax") is not None
+            changes["experts"] = "ragged_dot" if platform == "tpu" else "tokamax" if tokamax else "tiles"
         if self.attention == "auto" and platform == "tpu":
             changes["attention"] = "splash"
         for what, kernel in changes.items():

@@ -6,11 +6,14 @@ shard of F never splits a gate from its up.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from qvlmoe_jax.grouped import ragged_product, tokamax_product, zero_past
 from qvlmoe_jax.layers import einsum, swiglu
 from qvlmoe_jax.tiles import Tiles, for_each_tile
 
@@ -32,18 +35,22 @@ class ExpertStack(NamedTuple):
         return gate_up, down, self.layer * self.gate_up.shape[1]
 
 
-def ragged_experts(
-    rows_RD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array, stack: ExpertStack | None = None
+def grouped_experts(
+    product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    rows_RD: jax.Array,
+    gate_up_ED2F: jax.Array,
+    down_EFD: jax.Array,
+    group_sizes_E: jax.Array,
+    stack: ExpertStack | None = None,
 ) -> jax.Array:
-    """Grouped products by `jax.lax.ragged_dot`: the kernel of TPU. Same contract as `tiled_experts`, but that weights
-    read in `stack` have their gradients there."""
+    """Two grouped products: the kernels of TPU and GPU. Same contract as `tiled_experts`, but that weights read in `stack` have
+    their gradients there."""
     E, D, _, F = gate_up_ED2F.shape
     if stack is not None and len(rows_RD) <= E:
         return _gathered_experts(rows_RD, group_sizes_E, stack)
-    precision = jax.lax.Precision.HIGHEST if rows_RD.dtype == jnp.float32 else None
-    hidden = jax.lax.ragged_dot(rows_RD, gate_up_ED2F.reshape(E, D, 2 * F), group_sizes_E, precision=precision)
+    hidden = product(rows_RD, gate_up_ED2F.reshape(E, D, 2 * F), group_sizes_E)
     act = swiglu(hidden[:, :F], hidden[:, F:])
-    return zero_past(jax.lax.ragged_dot(act, down_EFD, group_sizes_E, precision=precision), group_sizes_E)
+    return zero_past(product(act, down_EFD, group_sizes_E), group_sizes_E)
 
 
 def _gathered_experts(rows: jax.Array, group_sizes: jax.Array, stack: ExpertStack) -> jax.Array:
@@ -55,16 +62,11 @@ def _gathered_experts(rows: jax.Array, group_sizes: jax.Array, stack: ExpertStac
     return zero_past(y, group_sizes)
 
 
-def zero_past(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Zeroes the rows that belong to no group (padding tokens, experts of other devices)."""
-    return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None], rows, 0)
-
-
 @jax.custom_vjp
 def tiled_experts(
     rows_RD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array, stack: ExpertStack | None = None
 ) -> jax.Array:
-    """`down(swiglu(gate, up))` of each row by its own expert, as a loop over tiles of rows: the kernel of CPU and GPU.
+    """`down(swiglu(gate, up))` of each row by its own expert, as a loop over tiles of rows: the kernel of CPU.
 
     Every array is written over what it is made from and nobody needs any more: outputs over rows here, their gradients over
     the outputs', and an expert's gradient over its weights. Zeroes to write into would be a pass over memory of their own.
@@ -157,5 +159,9 @@ def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Ar
 
 tiled_experts.defvjp(_tiled_forward, _tiled_backward)
 
-KERNELS = {"tiles": tiled_experts, "ragged_dot": ragged_experts}
+KERNELS = {
+    "tiles": tiled_experts,
+    "ragged_dot": functools.partial(grouped_experts, ragged_product),
+    "tokamax": functools.partial(grouped_experts, tokamax_product),
+}
 """`(rows, gate_up, down, group sizes, stack or None) -> rows`."""

@@ -11,17 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qvlmoe_jax.experts import zero_past
+from qvlmoe_jax.grouped import ragged_product, tokamax_product, zero_past
 from qvlmoe_jax.layers import einsum, swiglu
 from qvlmoe_jax.tiles import Tiles, for_each_tile
 
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def ragged_product(rows_RI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Each row times its own expert's matrix, `[R,O]`; rows that belong to nobody are not defined."""
-    precision = jax.lax.Precision.HIGHEST if rows_RI.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot(rows_RI, w_EIO, group_sizes_E, precision=precision)
 
 
 def _multiply(rows: jax.Array, w: jax.Array, group_sizes: jax.Array, equation: str, width: int) -> jax.Array:
@@ -61,7 +55,7 @@ def _backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, N
 
 tiled_product.defvjp(_forward, _backward)
 
-PRODUCTS: dict[str, Product] = {"tiles": tiled_product, "ragged_dot": ragged_product}
+PRODUCTS: dict[str, Product] = {"tiles": tiled_product, "ragged_dot": ragged_product, "tokamax": tokamax_product}
 
 
 def adapted_experts(

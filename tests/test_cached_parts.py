@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qvlmoe_jax import BackendConfig
 from qvlmoe_jax.attention import attention
 from qvlmoe_jax.cached_attention import cached_attention
-from qvlmoe_jax.experts import KERNELS, ExpertStack, ragged_experts, tiled_experts
+from qvlmoe_jax.experts import KERNELS, ExpertStack, tiled_experts
 from qvlmoe_jax.moe import count_choices
 from tests.tolerances import MODULE
 
@@ -58,7 +58,7 @@ def test_experts_of_a_stack(kernel, choices: list[int], layer: int) -> None:
     rows, gate_up, down = rows_and_stacks()
     sizes = count_choices(jnp.asarray(sorted(choices))[:, None], E)
     for count, groups in ((9, sizes), (4, jnp.zeros(E, jnp.int32).at[choices[0] % E].set(3))):
-        expected = jax.jit(ragged_experts)(rows[:count], gate_up[layer], down[layer], groups)
+        expected = jax.jit(KERNELS["ragged_dot"])(rows[:count], gate_up[layer], down[layer], groups)
         stack = ExpertStack(gate_up, down, jnp.int32(layer))
         got = jax.jit(kernel)(rows[:count], gate_up[layer], down[layer], groups, stack)
         np.testing.assert_allclose(got, expected, atol=MODULE, rtol=MODULE)

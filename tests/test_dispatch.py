@@ -174,18 +174,21 @@ def test_aux_loss_of_perfect_balance_is_k() -> None:
 
 
 def test_backend_refuses_unknown_choices() -> None:
-    with pytest.raises(ConfigError, match=r"experts = 'magic' is not supported, expected one of auto, tiles, ragged_dot"):
+    with pytest.raises(ConfigError, match=r"experts = 'magic' is not supported, expected one of auto, tiles, ragged_dot, tok"):
         BackendConfig(experts="magic")  # pyright: ignore[reportArgumentType]
 
 
-def test_auto_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_says_what_it_took(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with caplog.at_level("INFO", logger="qvlmoe_jax"):
         assert BackendConfig().resolve("cpu").experts == "tiles"
+        assert BackendConfig().resolve("gpu").experts == "tokamax"
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         assert BackendConfig().resolve("gpu").experts == "tiles"
         assert BackendConfig().resolve("tpu").experts == "ragged_dot"
         assert BackendConfig(attention_chunk=512).attention_kernel(4096) == "chunked"
     assert [r.getMessage() for r in caplog.records] == [
         "experts kernel: tiles (auto on cpu)",
+        "experts kernel: tokamax (auto on gpu)",
         "experts kernel: tiles (auto on gpu)",
         "experts kernel: ragged_dot (auto on tpu)",
         "attention kernel: splash (auto on tpu)",

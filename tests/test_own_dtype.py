@@ -79,7 +79,7 @@ def test_a_generation_config_made_by_hand_is_written_as_a_file_says_it(tmp_path:
     assert GenerationConfig().to_hf() == {}
 
 
-@pytest.mark.parametrize("dtype", ["int8", np.int32, "bool", "complex64", "float8_e4m3fn", "bf16", object()], ids=str)
+@pytest.mark.parametrize("dtype", ["int8", np.int32, "bool", "complex64", "float8_e4m3fn", "bf16", [1]], ids=str)
 def test_a_dtype_that_holds_no_weights_is_refused(dtype: Any, tmp_path: Path) -> None:
     directory = write_hf_checkpoint(tmp_path / "hf", tiny.TINY, random_hf_tensors(tiny.TINY))
     with pytest.raises(ConfigError, match="dtype = .*, expected float32, bfloat16 or float16"):
