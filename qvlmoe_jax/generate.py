@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvlmoe_jax.arguments import is_number
 from qvlmoe_jax.batch import Batch
 from qvlmoe_jax.cache import KVCache, cache_bytes, init_cache
 from qvlmoe_jax.errors import GenerationError
@@ -23,7 +24,7 @@ from qvlmoe_jax.frames import bucket
 from qvlmoe_jax.generation_config import MAX_ID
 from qvlmoe_jax.incremental import decode_step, head, prefill, read, text_columns
 from qvlmoe_jax.model import Qwen3VLMoeForConditionalGeneration
-from qvlmoe_jax.sampling import Sampling, choose, is_number, mark, penalise
+from qvlmoe_jax.sampling import Sampling, choose, mark, penalise
 from qvlmoe_jax.sharding import BATCH, constrain
 
 __all__ = ["KVCache", "cache_bytes", "decode_step", "generate", "init_cache", "prefill"]

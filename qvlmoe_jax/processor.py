@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qvlmoe_jax.arguments import is_number
 from qvlmoe_jax.chat_template import ChatTemplate
 from qvlmoe_jax.config import Qwen3VLMoeConfig
 from qvlmoe_jax.conversation import read_conversations
@@ -20,7 +21,7 @@ from qvlmoe_jax.errors import MediaError, ProcessorError
 from qvlmoe_jax.hub import find_source
 from qvlmoe_jax.images import load_image
 from qvlmoe_jax.patches import in_threads, pixel_rows
-from qvlmoe_jax.processor_files import ImageSettings, VideoSettings, is_number, options_of, read_settings
+from qvlmoe_jax.processor_files import ImageSettings, VideoSettings, options_of, read_settings
 from qvlmoe_jax.prompts import PaddingSide, VideoPrompt, VideoTokens, VisionTokens, padded, prompt_ids
 from qvlmoe_jax.resize import resize, smart_resize
 from qvlmoe_jax.sources import FetchLimits, name_of

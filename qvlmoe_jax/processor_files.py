@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from qvlmoe_jax.arguments import is_number
 from qvlmoe_jax.errors import ProcessorError
 from qvlmoe_jax.tokenizer import read_json
 
@@ -87,11 +88,6 @@ class ImageSettings:
         """Reads one JSON object; keys that nothing here uses are ignored, as transformers does."""
         names = {field.name for field in dataclasses.fields(cls)} | {"size"}
         return cls().replace(what, **{key: value for key, value in section.items() if key in names})
-
-
-def is_number(value: Any) -> bool:
-    """A finite one."""
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def _is_count(value: Any) -> bool:

@@ -12,16 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from qvlmoe_jax.arguments import is_number
 from qvlmoe_jax.errors import GenerationError
-
-
-def is_number(value: Any) -> bool:
-    """One finite number, of Python's, numpy's or jax's. To compare anything else raises, and the error names no argument."""
-    kinds = (int, float, np.generic, np.ndarray, jax.Array)
-    return isinstance(value, kinds) and np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iuf" and bool(np.isfinite(value))
-
 
 _RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "temperature": (lambda value: value >= 0, "0 (greedy) or a positive number"),
@@ -98,9 +91,7 @@ def mark(seen_BV: jax.Array, tokens_BT: jax.Array, valid_BT: jax.Array) -> jax.A
     return seen_BV.at[rows, jnp.where(valid_BT, tokens_BT, seen_BV.shape[1])].set(True, mode="drop")
 
 
-def penalise(
-    logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None, generated_BV: jax.Array | None
-) -> jax.Array:
+def penalise(logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None, generated_BV: jax.Array | None) -> jax.Array:
     """float32 logits after the penalties. `seen` is needed with a repetition penalty, `generated` with a presence penalty."""
     logits = logits_BV.astype(jnp.float32)
     if sampling.repetition_penalty is not None:
