@@ -27,7 +27,7 @@ from convert.progress import Progress, human_bytes
 from convert.work_directory import WorkDirectory, only_cleaning_is_left, open_work_directory, work_path
 from qvlmoe_jax.checkpoint import CHECKPOINT_DIR, CONVERSION_FILE
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.file_copy import naming, write_text
+from qvlmoe_jax.file_copy import copy_file, naming, write_text
 from qvlmoe_jax.hf import LM_HEAD_KEY, TABLE_VERSION, Row
 from qvlmoe_jax.hf_weights import HFWeights
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES
@@ -163,8 +163,7 @@ def open_source(source: Path) -> HFWeights:
 def copy_side_files(source: Path, target: Path, names: list[str], dequantised: Dtype | None) -> None:
     """Copies them byte for byte; only a dequantised model's config.json stops saying that it is quantised."""
     for name in names:
-        with naming(target / name):
-            shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
     if dequantised:
         path = target / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from convert.progress import Progress, human_bytes
 from convert.tensor_blocks import block_reads
 from qvlmoe_jax.checkpoint import ConvertedWeights, TrainedWeights, open_weights, stated_dtypes
 from qvlmoe_jax.errors import CheckpointError
-from qvlmoe_jax.file_copy import naming, write_text
+from qvlmoe_jax.file_copy import copy_file, write_text
 from qvlmoe_jax.hf import EMBED_TOKENS_KEY, LM_HEAD_KEY, expand
 from qvlmoe_jax.safetensors_io import DTYPE_NAMES, DTYPES, NAMED_DTYPES
 from qvlmoe_jax.shards import write_shards
@@ -77,8 +76,7 @@ def jax2hf(
                 progress.add(block.nbytes)
 
         for name in side_files:
-            with naming(staging / name):
-                shutil.copyfile(side / name, staging / name)
+            copy_file(side / name, staging / name)
         _set_dtype(staging / "config.json", {dtype for dtype, _ in specs.values()})
         write_shards(staging, specs, blocks, max_shard_bytes=max_shard_size, files_at_once=FILES_AT_ONCE)
     seconds = time.monotonic() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,16 @@ def write_text(path: Path, text: str) -> None:
     """
     with naming(path):
         path.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's bytes.
+
+    Raises:
+      OSError: the system's reason, and the file.
+    """
+    with naming(target):
+        shutil.copyfile(source, target)
 
 
 def write_array(descriptor: int, array: np.ndarray) -> None:

@@ -166,8 +166,11 @@ class Processor:
         image_settings = self.images.replace("images_kwargs", **options_of("images_kwargs", images_kwargs))
         video_settings = self.videos.replace(
             "videos_kwargs",
-            **{"cap_pixels_per_frame": cap_pixels_per_frame, "max_video_tokens": max_video_tokens}
-            | {**options_of("videos_kwargs", videos_kwargs)},
+            **{
+                "cap_pixels_per_frame": cap_pixels_per_frame,
+                "max_video_tokens": max_video_tokens,
+                **options_of("videos_kwargs", videos_kwargs),
+            },
         ).sampling(fps=fps, num_frames=num_frames, do_sample_frames=do_sample_frames)
 
         pictures = [source for one in read for source in one.images]
