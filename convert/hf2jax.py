@@ -24,7 +24,7 @@ from convert.checksum import crc32
 from convert.directories import check_destination, describe_source, find_side_files
 from convert.orbax_stream import Leaf, LeafWriter, Piece, leaf_pieces, load_orbax, plan_leaves, write_skeleton
 from convert.progress import Progress, human_bytes
-from convert.work_directory import WorkDirectory, only_cleaning_is_left, open_work_directory, work_path
+from convert.work_directory import WorkDirectory, only_cleaning_is_left, open_work_directory, telling_of_resume, work_path
 from qvlmoe_jax.checkpoint import CHECKPOINT_DIR, CONVERSION_FILE
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.file_copy import copy_file, naming, write_text
@@ -121,7 +121,8 @@ def hf2jax(
 
     mine = share(units, worker, workers)
     plan = describe_plan(weights, source, dtype, workers)
-    with open_work_directory(destination.resolve(), plan, begin, resume=resume, worker=worker, workers=workers) as work:
+    opened = open_work_directory(destination.resolve(), plan, begin, resume=resume, worker=worker, workers=workers)
+    with telling_of_resume(), opened as work:
         with ThreadPoolExecutor(1) as aside:
             if worker == 0:
                 aside.submit(load_orbax)  # takes seconds

@@ -153,10 +153,5 @@ class LeafWriter:
                 yield pending.popleft().result()
 
     def _write(self, piece: Piece, array: np.ndarray) -> Piece:
-        path = self.directory / piece.file
-        try:
-            write_zarr_file(path, array, piece.leaf.chunks.file, piece.leaf.chunks.chunk)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise OSError(f"{path}: cannot be written: {reason}; make room and go on with --resume") from error
+        write_zarr_file(self.directory / piece.file, array, piece.leaf.chunks.file, piece.leaf.chunks.chunk)
         return piece

@@ -6,6 +6,7 @@ units with their checksums, and a mark that it is done. The last worker to finis
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -154,6 +155,18 @@ def open_work_directory(
         if not resume and (path / f"worker-{worker}.jsonl").exists():
             raise _left_over(path)
         yield WorkDirectory(path, worker, workers)
+
+
+@contextmanager
+def telling_of_resume() -> Iterator[None]:
+    """A file that cannot be read or written inside is told with what to do. An error of no file (stdout) stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(f"{error.filename}: {error.strerror}; {room}go on with --resume") from error
 
 
 def work_path(destination: Path) -> Path:

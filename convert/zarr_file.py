@@ -17,7 +17,7 @@ import numpy as np
 
 from qvlmoe_jax.errors import CheckpointError
 from qvlmoe_jax.fast_copy import copy_into
-from qvlmoe_jax.file_copy import start_writing_back, write_array
+from qvlmoe_jax.file_copy import naming, start_writing_back, write_array, write_text
 from qvlmoe_jax.local_files import read_json
 from qvlmoe_jax.zarr_files import ABSENT, INDEX, RAW, crc32c, in_memory_order
 
@@ -31,6 +31,7 @@ def write_zarr_metadata(
 
     Raises:
       CheckpointError: it describes another array.
+      OSError: the system's reason, and the file.
     """
     metadata = {
         "chunk_grid": {"configuration": {"chunk_shape": list(file_shape)}, "name": "regular"},
@@ -54,7 +55,7 @@ def write_zarr_metadata(
             raise CheckpointError(f"{path}: describes another array than the plan; remove the directory and begin again")
         return
     part = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")  # several workers may get here at once, with the same bytes
-    part.write_text(json.dumps(metadata, separators=(",", ":")), encoding="utf-8")
+    write_text(part, json.dumps(metadata, separators=(",", ":")))
     part.rename(path)
 
 
@@ -82,7 +83,7 @@ def write_zarr_file(path: Path, array: np.ndarray, file_shape: Sequence[int], ch
     """Writes `array` (less than `file_shape` where the parameter ends) as the file `path`, which appears by one rename.
 
     Raises:
-      OSError: the system's reason, a full disk for one; what was begun is removed.
+      OSError: the system's reason, a full disk for one, and the file; what was begun is removed.
     """
     grid = [size // step for size, step in zip(file_shape, chunk, strict=True)]
     plain = array.view(f"u{array.itemsize}")  # numpy moves ml_dtypes' numbers one by one
@@ -90,7 +91,7 @@ def write_zarr_file(path: Path, array: np.ndarray, file_shape: Sequence[int], ch
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART_SUFFIX)
     try:
-        with part.open("wb", buffering=0) as file:
+        with naming(path), part.open("wb", buffering=0) as file:
             if tuple(array.shape) == tuple(file_shape) and array.flags.c_contiguous and in_memory_order(array.shape, chunk):
                 size = int(np.prod(chunk, dtype=np.int64)) * array.itemsize
                 index = [(i * size, size) for i in range(int(np.prod(grid, dtype=np.int64)))]

@@ -144,12 +144,12 @@ def test_one_worker_after_another_and_one_of_them_killed(source: Path, whole: di
     assert contents(destination) == whole
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MB, which root may enlarge."""
+@pytest.fixture(params=["size=24m", "size=24m,nr_inodes=60", "size=3m", "size=1m"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system too small for the whole, for its files' number, for most of it, for its beginning. Root may enlarge it."""
     place = tmp_path / "disk"
     place.mkdir()
-    if os.geteuid() or run("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place).returncode:
+    if os.geteuid() or run("mount", "-t", "tmpfs", "-o", request.param, "tmpfs", place).returncode:
         pytest.skip("mounting a small file system needs root")
     yield place
     run("umount", place)
@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line_and_resumes(source: Path, whole: dict[str, byte
     assert "No space left on device" in done.stderr
     assert "--resume" in done.stderr
     assert not destination.exists()
-    assert run("mount", "-o", "remount,size=200m", small_disk).returncode == 0
+    assert run("mount", "-o", "remount,size=200m,nr_inodes=9999", small_disk).returncode == 0
     done = run(*command(source, destination, "--resume"))
     assert done.returncode == 0, done.stderr
     assert contents(destination) == whole
