@@ -54,27 +54,39 @@ def _kernel(N: int, T: int, S: int, *, causal: bool, shards: int, interpret: boo
     )
 
 
-def skipping(splash: Any, q_segments: jax.Array, kv_segments: jax.Array) -> Any:
-    """The kernel without the blocks whose queries and keys share no segment in any row of `[B,T]`, `[B,S]`.
+def running(splash: Any, q_segments: jax.Array, kv_segments: jax.Array) -> jax.Array:
+    """Which blocks of queries and keys share a segment, `[B,n,m]` of rows `[B,T]`, `[B,S]`, and are not hidden by the mask.
 
-    The kernel's own description of blocks, read at run time, says which of them run and which is loaded next; one for all rows of
-    a device, or the kernel would run in a loop over them, whose copies take half as much memory again. Blocks are told apart by
-    their least and greatest segment: exact where segments are in order, as packing lays them.
+    Blocks are told apart by their least and greatest segment: exact where segments are in order, as packing lays them.
     """
-    _, rows, columns = splash.fwd_mask_info.block_mask.shape
-    (q_low, q_high), (kv_low, kv_high) = _spans(q_segments, rows), _spans(kv_segments, columns)
+    _, n, m = splash.fwd_mask_info.block_mask.shape
+    (q_low, q_high), (kv_low, kv_high) = _spans(q_segments, n), _spans(kv_segments, m)
     share = (q_low[:, :, None] <= kv_high[:, None]) & (kv_low[:, None] <= q_high[:, :, None])
-    runs = jnp.any(share, axis=0) & (splash.fwd_mask_info.block_mask[0] > 0)
+    return share & (splash.fwd_mask_info.block_mask[0] > 0)
+
+
+def only(splash: Any, runs: jax.Array) -> Any:
+    """The kernel for rows that are laid end to end, with only those blocks `[B,n,m]` of each row that run.
+
+    The kernel's own description of blocks, read at run time, says which block a step of its grid loads and whether the step
+    runs. So a row's grid is as wide as its own keys, and loads blocks that lie in that row.
+    """
+    B, n, m = runs.shape
     # the kernel divides by each query's sum: none may be without a block, not even padding
-    runs = runs.at[:, 0].set(runs[:, 0] | ~jnp.any(runs, axis=1))
+    runs = runs.at[:, :, 0].set(runs[:, :, 0] | ~jnp.any(runs, axis=2))
+    by_key = jnp.swapaxes(runs, 1, 2)
+    number = jnp.int16 if B * max(n, m) < 2**15 else jnp.int32  # the lists lie in the chip's small scalar memory
 
-    def only(info: Any, loaded: jax.Array) -> Any:
-        return info._replace(
-            block_mask=runs[None].astype(info.block_mask.dtype), data_next=loaded[None].astype(info.data_next.dtype)
-        )
+    def described(info: Any, runs: jax.Array, loaded: jax.Array) -> Any:
+        return info._replace(block_mask=runs[None].astype(info.block_mask.dtype), data_next=loaded[None].astype(number))
 
-    keys, queries = _next_column(runs), _next_column(runs.T).T
-    infos = (only(splash.fwd_mask_info, keys), only(splash.dq_mask_info, keys), only(splash.dkv_mask_info, queries))
+    of_queries = runs.reshape(B * n, m), _loaded(runs).reshape(B * n, m)
+    of_keys = by_key.reshape(B * m, n).T, _loaded(by_key).reshape(B * m, n).T
+    infos = (
+        described(splash.fwd_mask_info, *of_queries),
+        described(splash.dq_mask_info, *of_queries),
+        described(splash.dkv_mask_info, *of_keys),
+    )
     return type(splash)(*infos, **splash.kwargs)
 
 
@@ -84,11 +96,16 @@ def _spans(segments: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(cut == 0, jnp.iinfo(jnp.int32).max, cut).min(axis=2), cut.max(axis=2)
 
 
-def _next_column(runs: jax.Array) -> jax.Array:
-    """For each block of a grid, in the order of its rows, the column of the next that runs, itself included; 0 after the last."""
+def _loaded(runs: jax.Array) -> jax.Array:
+    """For each step of the grids `[B,n,m]` of all rows, one after another: which of the `B*m` blocks is in memory then.
+
+    That of the next step that runs, itself included; 0 after the last.
+    """
+    _, n, m = runs.shape
     steps = jnp.arange(runs.size).reshape(runs.shape)
     following = jax.lax.cummin(jnp.where(runs, steps, runs.size).reshape(-1), reverse=True)
-    return jnp.where(following < runs.size, following % runs.shape[1], 0).reshape(runs.shape)
+    blocks = following // (n * m) * m + following % m
+    return jnp.where(following < runs.size, blocks, 0).reshape(runs.shape)
 
 
 def splash_attention(
@@ -120,10 +137,19 @@ def splash_attention(
     k, v, kv_segments = (padded(a, 1, _LANES * shards) for a in (k, v, kv_segments))
 
     def local(splash: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, kv_seg: jax.Array) -> jax.Array:
-        q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-        own = skipping(splash, q_seg, kv_seg)
-        out = jax.vmap(lambda q, k, v, a, b: own(q, k, v, segment_ids=kernel.SegmentIds(a, b)))(q, k, v, q_seg, kv_seg)
-        return jnp.swapaxes(out, 1, 2)
+        runs = running(splash, q_seg, kv_seg)
+        if causal:
+            # One list of blocks for all rows: a list for each would make a loop over kernels, whose copies take half as much
+            # memory again; and rows end to end make copies of their many heads.
+            own = only(splash, jnp.any(runs, axis=0, keepdims=True))
+            q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+            out = jax.vmap(lambda q, k, v, a, b: own(q, k, v, segment_ids=kernel.SegmentIds(a, b)))(q, k, v, q_seg, kv_seg)
+            return jnp.swapaxes(out, 1, 2)
+        # One row may hold a large picture and another small ones, so each row has blocks of its own.
+        rows = q.shape
+        q, k, v = (jnp.transpose(a, (2, 0, 1, 3)).reshape(a.shape[2], -1, a.shape[3]) for a in (q, k, v))
+        out = only(splash, runs)(q, k, v, segment_ids=kernel.SegmentIds(q_seg.reshape(-1), kv_seg.reshape(-1)))
+        return jnp.transpose(out.reshape(rows[2], *rows[:2], rows[3]), (1, 2, 0, 3))
 
     spread, mesh = Spread.of(q.shape, k.shape, causal=causal), active_mesh()
     heads = N if spread is None else spread.heads

@@ -84,24 +84,27 @@ def test_splash_skips_blocks_of_other_segments(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("rows", [[0], [1], [2], [0, 1]], ids=str)
+@pytest.mark.parametrize("rows", [[0], [1], [2], [0, 1, 2]], ids=str)
 def test_blocks_run_that_share_a_segment_and_the_next_is_loaded(
     causal: bool, rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In any of a device's rows."""
+    """In each of a device's rows by itself."""
     monkeypatch.setattr(splash, "_BLOCK", 128)
     segments = DOCUMENTS[rows]
     kernel = splash._kernel(2, 896, 896, causal=causal, shards=1, interpret=True)
-    found = splash.skipping(kernel, jnp.asarray(segments), jnp.asarray(segments))
-    same = ((segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)).any(0)
-    needed = (np.tril(same) if causal else same).reshape(7, 128, 7, 128).any((1, 3))
-    needed[:, 0] |= ~needed.any(1)  # blocks of padding alone
-    for info, order in ((found.fwd_mask_info, "C"), (found.dq_mask_info, "C"), (found.dkv_mask_info, "F")):
+    found = splash.only(kernel, splash.running(kernel, jnp.asarray(segments), jnp.asarray(segments)))
+    same = (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)
+    needed = (np.tril(same) if causal else same).reshape(-1, 7, 128, 7, 128).any((2, 4))
+    needed[:, :, 0] |= ~needed.any(2)  # blocks of padding alone
+    by_key = needed.swapaxes(1, 2)
+    for info, expected in ((found.fwd_mask_info, needed), (found.dq_mask_info, needed), (found.dkv_mask_info, by_key)):
         runs, loaded = np.asarray(info.block_mask)[0] > 0, np.asarray(info.data_next)[0]
-        np.testing.assert_array_equal(runs, needed)
-        own = np.indices(runs.shape)[1 if order == "C" else 0]
-        np.testing.assert_array_equal(loaded[runs], own[runs])
-        in_order, next_ = runs.ravel(order), loaded.ravel(order)
+        if expected is by_key:  # the grid goes through the queries of one block of keys after the other
+            runs, loaded = runs.T, loaded.T
+        np.testing.assert_array_equal(runs.reshape(expected.shape), expected)
+        row, _, block = np.indices(expected.shape)
+        np.testing.assert_array_equal(loaded.reshape(expected.shape)[expected], (row * 7 + block)[expected])
+        in_order, next_ = runs.ravel(), loaded.ravel()
         behind = [i for i in range(runs.size - 1) if not in_order[i] and in_order[i:].any()]
         assert all(next_[i] == next_[i + 1] for i in behind)  # nothing is loaded for a block that is skipped
 
