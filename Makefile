@@ -8,6 +8,9 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 OUT ?= demo_out
 JOBS ?= 2
 PYTEST := $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile
+# Their numbers are compared with transformers': compiled as users compile. The other tests compile quickly (tests/xla_flags.py).
+PARITY := $(addprefix tests/test_,bf16.py gradients.py parity.py random_models.py train_curve.py)
+QUICK := QUICK_COMPILE=1 $(PYTEST) $(addprefix --ignore ,$(PARITY))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow soak lint bench figure notebook clean
@@ -22,10 +25,12 @@ demo: $(VENV)/.installed  ## build a small checkpoint, convert it, ask about a p
 	$(RUN) examples/easy_vqa_demo.py
 
 test: $(VENV)/.installed-test  ## the tests that take seconds each
-	$(PYTEST)
+	$(QUICK)
+	$(PYTEST) $(PARITY)
 
 test-slow: $(VENV)/.installed-test  ## the tests that take minutes each
-	$(PYTEST) -m slow
+	$(QUICK) -m slow
+	$(PYTEST) -m slow $(PARITY)
 
 soak: $(VENV)/.installed-test  ## hundreds of cases; the log stays in docs/soak.log
 	$(RUN) -m pytest -m soak --verbose --timeout 0 | tee docs/soak.log

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qvlmoe_jax.errors import ConfigError
+from qvlmoe_jax.layers import exact
 
 
 def zero_past(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -20,7 +21,7 @@ def zero_past(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
 def ragged_product(rows_RI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """`[R,O]`; rows that belong to nobody are not defined."""
-    return jax.lax.ragged_dot(rows_RI, w_EIO, group_sizes_E, precision=_precision(rows_RI))
+    return jax.lax.ragged_dot(rows_RI, w_EIO, group_sizes_E, precision=exact(rows_RI))
 
 
 def tokamax_product(rows_RI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -37,11 +38,7 @@ def tokamax_product(rows_RI: jax.Array, w_EIO: jax.Array, group_sizes_E: jax.Arr
     if not flags.FLAGS.is_parsed():  # or tokamax parses the command line, which is not its own
         flags.FLAGS.mark_as_parsed()
     rows, w = _defined(rows_RI, w_EIO, group_sizes_E)
-    return zero_past(tokamax.ragged_dot(rows, w, group_sizes_E, precision=_precision(rows)), group_sizes_E)
-
-
-def _precision(rows: jax.Array) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    return zero_past(tokamax.ragged_dot(rows, w, group_sizes_E, precision=exact(rows)), group_sizes_E)
 
 
 @jax.custom_vjp

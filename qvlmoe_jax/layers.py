@@ -28,10 +28,14 @@ def truncated_normal(std: float, cut: float) -> Init:
     return init
 
 
+def exact(x: jax.Array) -> jax.lax.Precision | None:
+    """The precision of a product with x: float32 ones stay float32 on TPU and GPU, whose default would round them."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
 def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`jnp.einsum` in the inputs' dtype; float32 products stay float32 on TPU and GPU, whose default would round them."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, w, precision=precision)
+    """`jnp.einsum` in the inputs' dtype, float32 exact."""
+    return jnp.einsum(equation, x, w, precision=exact(x))
 
 
 def float32_einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

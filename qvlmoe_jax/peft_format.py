@@ -23,9 +23,10 @@ from qvlmoe_jax.local_files import read_json
 from qvlmoe_jax.lora import LoraConfig, adapter_paths, check_adapters, factor_shapes, linears, target_paths
 from qvlmoe_jax.param_tree import flatten, nest
 from qvlmoe_jax.safetensors_io import map_tensor, read_header, write_safetensors
+from qvlmoe_jax.shards import ADAPTER_CONFIG
 from qvlmoe_jax.whole_directory import whole_directory
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 FLOAT32 = np.dtype(np.float32)
 
@@ -38,11 +39,6 @@ _REFUSED = (
 
 # Of PEFT's `init_lora_weights`, those that leave the base's weights alone, spelt as `str(value).lower()`.
 _PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
-
-
-def is_adapter_directory(directory: Path) -> bool:
-    """Whether PEFT, or `save_adapter`, wrote it."""
-    return (directory / CONFIG_FILE).is_file()
 
 
 def _is_expert(path: str) -> bool:
@@ -146,11 +142,11 @@ def save_adapter(
     }
     with whole_directory(directory, suffix=".saving", overwrite=directory.exists()) as staging:
         write_safetensors(staging / WEIGHTS_FILE, specs, tensor)
-        write_text(staging / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+        write_text(staging / ADAPTER_CONFIG, json.dumps(described, indent=2) + "\n")
 
 
 def _read_config(directory: Path) -> tuple[Mapping[str, Any], int, float]:
-    file = directory / CONFIG_FILE
+    file = directory / ADAPTER_CONFIG
     tree = read_json(file)
     if not isinstance(tree, dict) or tree.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: no LoRA adapter of PEFT, expected peft_type LORA")
@@ -192,7 +188,7 @@ def load_adapter(directory: str | Path, config: Qwen3VLMoeConfig) -> tuple[LoraC
     tree, rank, alpha = _read_config(directory)
     file = directory / WEIGHTS_FILE
     if not file.is_file():
-        raise CheckpointError(f"{directory}: no {WEIGHTS_FILE}, expected it beside {CONFIG_FILE}")
+        raise CheckpointError(f"{directory}: no {WEIGHTS_FILE}, expected it beside {ADAPTER_CONFIG}")
     header, mapped = read_header(file), MappedFile.open(file)
     shapes = linears(config)
     named = tree.get("target_parameters") or []

@@ -17,6 +17,7 @@ from qvlmoe_jax.safetensors_io import TensorInfo, TensorSpec, map_tensor, read_h
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -60,6 +61,10 @@ def _no_weights(directory: Path) -> CheckpointError:
     names = sorted(path.name for path in directory.iterdir())
     if not names:
         return CheckpointError(f"{directory}: empty directory, {expected}")
+    if ADAPTER_CONFIG in names:
+        return CheckpointError(
+            f"{directory}: an adapter alone, {expected}; merge it into its base, or open that and use adapters.with_adapters"
+        )
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
     if pickles:
         return CheckpointError(

@@ -71,6 +71,13 @@ def _(source: Path) -> None:
         path.unlink()
 
 
+@case("an adapter", "an adapter alone", "merge it into its base")
+def _(source: Path) -> None:
+    for path in source.glob("model*"):
+        path.unlink()
+    (source / "adapter_config.json").write_text("{}")
+
+
 @case("single file beside an index of other shards", "both model.safetensors and", "expected one")
 def _(source: Path) -> None:
     shutil.copy(source / SHARD, source / "model.safetensors")

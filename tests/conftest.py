@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from tests.xla_flags import EIGHT_DEVICES
+from tests.xla_flags import EIGHT_DEVICES, QUICK_COMPILE
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES} {QUICK_COMPILE}"
 # XLA's pool has a thread for each core or device, whichever are more. A device may wait in several collectives at once, and when
 # all threads wait, those that would release them never run.
 os.environ["NPROC"] = "64"

@@ -22,7 +22,8 @@ from qvlmoe_jax.adapters import init_adapters, split_adapters, with_adapters
 from qvlmoe_jax.errors import CheckpointError, ConfigError
 from qvlmoe_jax.lora import PARTS, LoraConfig, adapter_paths, delta, linear_dims, target_paths
 from qvlmoe_jax.param_tree import flatten, nest
-from qvlmoe_jax.peft_format import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from qvlmoe_jax.peft_format import WEIGHTS_FILE, load_adapter, save_adapter
+from qvlmoe_jax.shards import ADAPTER_CONFIG
 from tests import cases, lora_cases, ours, reference, tiny, tolerances, training
 from tests.hf_checkpoints import random_hf_tensors
 from train.config import LossConfig, OptimizerConfig, ScheduleConfig
@@ -241,7 +242,7 @@ def test_what_is_more_than_lora_or_of_another_model_is_refused(change: dict[str,
     model = build(training.SMALL)
     lora = LoraConfig(rank=2, targets=("experts", "attention"))
     save_adapter(tmp_path / "a", model.config, lora_cases.random_adapters(model, lora), lora)
-    file = tmp_path / "a" / CONFIG_FILE
+    file = tmp_path / "a" / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointError, match=message) as error:
         load_adapter(tmp_path / "a", model.config)
@@ -257,7 +258,7 @@ def test_ways_to_begin_that_leave_the_base_alone(way: Any, tmp_path: Path) -> No
     lora = LoraConfig(rank=2, targets=("attention",))
     adapters = lora_cases.random_adapters(model, lora)
     save_adapter(tmp_path / "a", model.config, adapters, lora)
-    file = tmp_path / "a" / CONFIG_FILE
+    file = tmp_path / "a" / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": way}))
     jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "a", model.config)[1], adapters)
 

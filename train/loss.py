@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from qvlmoe_jax import Batch, Qwen3VLMoeForConditionalGeneration
 from qvlmoe_jax.batch import IGNORED_LABEL
 from qvlmoe_jax.collectives import axes_of, gather
+from qvlmoe_jax.layers import exact
 from qvlmoe_jax.sharding import HIDDEN, VOCAB, active_mesh, fit
 from qvlmoe_jax.turns import in_turn
 
@@ -77,8 +78,7 @@ def head_weight(model: Qwen3VLMoeForConditionalGeneration) -> jax.Array:
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """An einsum summed in float32; products in the model's dtype, float32 ones exact."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=precision)
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=exact(a))
 
 
 def _logits(head: _Head, hidden_CD: jax.Array, head_DV: jax.Array, targets_C: jax.Array) -> tuple[_Logits, TokenLosses]:
