@@ -166,7 +166,8 @@ def telling_of_resume() -> Iterator[None]:
         if error.filename is None:
             raise
         room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise OSError(f"{error.filename}: {error.strerror}; {room}go on with --resume") from error
+        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        raise OSError(f"{files}: {error.strerror}; {room}go on with --resume") from error
 
 
 def work_path(destination: Path) -> Path:
