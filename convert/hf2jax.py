@@ -122,7 +122,7 @@ def hf2jax(
     mine = share(units, worker, workers)
     plan = describe_plan(weights, source, dtype, workers)
     opened = open_work_directory(destination.resolve(), plan, begin, resume=resume, worker=worker, workers=workers)
-    with telling_of_resume(), opened as work:
+    with telling_of_resume(work_path(destination.resolve())), opened as work:
         with ThreadPoolExecutor(1) as aside:
             if worker == 0:
                 aside.submit(load_orbax)  # takes seconds

@@ -158,12 +158,15 @@ def open_work_directory(
 
 
 @contextmanager
-def telling_of_resume() -> Iterator[None]:
-    """A file that cannot be read or written inside is told with what to do. An error of no file (stdout) stays as it is."""
+def telling_of_resume(path: Path) -> Iterator[None]:
+    """A file that cannot be read or written inside is told with what to do, once there is a `DST.converting` to go on with.
+
+    An error of no file (stdout) stays as it is.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or not path.exists():
             raise
         room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)

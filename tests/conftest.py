@@ -59,6 +59,22 @@ def compiled_programs_fit(request: pytest.FixtureRequest) -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """jax's persistent cache, which the commands turn on: runs of one program in a module compile it once."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def use(directory: str | None, least_seconds: float) -> None:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
+        compilation_cache.reset_cache()
+
+    use(str(tmp_path_factory.mktemp("xla")), 0.2)
+    yield
+    use(None, 1.0)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist hands its values to the process that prints them."""
     output = getattr(session.config, "workeroutput", None)

@@ -39,6 +39,7 @@ from train.optim import make_optimizer, schedule
 from train.state import TrainState, all_params, init_state
 from train.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 CONFIG = tiny.TINY
 LORA = {"rank": 3, "alpha": 6, "targets": list(PARTS)}
 KINDS: tuple[Any, ...] = ("int8", "nf4")

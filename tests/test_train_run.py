@@ -23,6 +23,7 @@ from train.feed import WholeBatches
 from train.metrics import read_metrics
 from train.run_files import only_writer, start_run
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 MODEL = tiny.variant(
     training.SMALL, text_config={"num_hidden_layers": 1}, vision_config={"depth": 1, "deepstack_visual_indexes": [0]}
 )
