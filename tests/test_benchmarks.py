@@ -49,7 +49,7 @@ def test_without_an_accelerator_it_says_so(capsys: pytest.CaptureFixture[str], m
     assert "needs a GPU or a TPU" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_accelerators_rows_run() -> None:
     config = Qwen3VLMoeConfig.from_hf(training.SMALL)
     rows = list(accelerator.measure(config, BackendConfig(remat="full"), rows=1, tokens=32, rounds=2, patches=64, new_tokens=4))

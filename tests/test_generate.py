@@ -61,7 +61,7 @@ def tiny_pair() -> Pair:
     return Pair.of("tiny")
 
 
-OFTEN, SELDOM = ("other", "mixed", "dense"), ("irregular", "tied", "hf_test", "no_deepstack")
+OFTEN, SELDOM = ("mixed",), ("other", "dense", "irregular", "tied", "hf_test", "no_deepstack")
 
 
 @pytest.fixture(

@@ -60,7 +60,7 @@ def run(directory: Path, model: Path, *, steps: int = 4, **changes: Any) -> Trai
     return train(config, data=training.ListData(training.mixed_batches(CONFIG, 4)))
 
 
-@pytest.fixture(scope="module", params=[None, pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[None, pytest.param("nf4", marks=pytest.mark.soak)])
 def finished(request: Any, model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState, Any]:
     directory = tmp_path_factory.mktemp("lora") / "run"
     return directory, run(directory, model_directory, lora={"base_quantization": request.param}), request.param

@@ -215,7 +215,7 @@ def test_a_dense_model_has_no_bias() -> None:
         RouterConfig(bias_update_rate=-1)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_keeps_its_bias_and_says_when_it_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Checkpointed, resumed bit for bit, used in validation, and never dropped without a word."""
     directory = training.write_model(tmp_path / "model", CONFIG)

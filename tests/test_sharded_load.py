@@ -63,7 +63,7 @@ def run_processes(plan: dict[str, Any], place: Path) -> list[list[dict[str, Any]
     return [json.loads((place / f"result.{i}.json").read_text()) for i in range(2)]
 
 
-@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_two_processes_read_their_shares_and_agree_with_one_device(everything: bool, tmp_path: Path, record: Any) -> None:
     source = write_hf_checkpoint(tmp_path / "hf", CONFIG, random_hf_tensors(CONFIG, dtype=ml_dtypes.bfloat16), shards=2)
     converted = tmp_path / "jax"

@@ -110,7 +110,7 @@ def six_steps(launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "damage", ["flipped", pytest.param("cut", marks=pytest.mark.slow), pytest.param("gone", marks=pytest.mark.slow)]
+    "damage", ["flipped", pytest.param("cut", marks=pytest.mark.soak), pytest.param("gone", marks=pytest.mark.soak)]
 )
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     launch, undisturbed: str, six_steps: Path, tmp_path: Path, damage: str

@@ -108,7 +108,7 @@ class ClosingData(training.ListData):
         self.closed += 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_ends_its_data_hears_sigterm_in_validation_and_keeps_its_config_when_it_refuses_another(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +191,7 @@ def saved(config: TrainConfig) -> list[int]:
     return Checkpoints(config.run, CheckpointConfig()).steps()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_data_that_end_early_cost_no_step(short: Callable[..., TrainConfig]) -> None:
     with pytest.raises(TrainingError) as error:
         loop.train(short())
@@ -210,7 +210,7 @@ def test_data_that_end_early_cost_no_step(short: Callable[..., TrainConfig]) -> 
     assert int(loop.train(short("--data.epochs", "2", "--steps", str(2 * done))).step) == 2 * done
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_data_that_fail_cost_no_step(short: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture) -> None:
     strict = short("--data.max_bad_records", "0")
     with pytest.raises(TrainingError, match="^1 bad records, more than max_bad_records = 0"):
@@ -221,7 +221,7 @@ def test_data_that_fail_cost_no_step(short: Callable[..., TrainConfig], caplog: 
     assert int(state.step) == done + 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_batches_given_that_end_early_are_promised_nothing(tmp_path: Path, model: Path) -> None:
     none: Any = iter(())
     two: Any = iter(training.mixed_batches(MODEL, 2))
