@@ -79,10 +79,10 @@ def tiled_experts(
       `[R,D]`, zero in the rows that belong to nobody.
     """
     gate_up, down, first = (gate_up_ED2F, down_EFD, 0) if stack is None else stack.flat()
-    return _run_tiles(rows_RD, gate_up, down, group_sizes_E, first)
+    return run_tiles(rows_RD, gate_up, down, group_sizes_E, first)
 
 
-def _run_tiles(
+def run_tiles(
     rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array, first_expert: jax.Array | int
 ) -> jax.Array:
     """`tiled_experts` without a gradient; group 0's weights are those at `first_expert`. Rows one by one while most experts have
@@ -128,6 +128,19 @@ def _tiled_forward(*inputs: Any) -> tuple[jax.Array, Any]:
     return tiled_experts(*inputs), inputs[:4]
 
 
+def gradients_of_tile(weights: Any, given: tuple[jax.Array, ...], dy: jax.Array, own: jax.Array) -> tuple[jax.Array, Any]:
+    """`Tiles.work` of a backward pass: the rows' gradient, and the weights' `[D,2F]` and `[F,D]` in float32."""
+    (w_in, w_out), (x,) = weights, given
+    F = w_out.shape[0]
+    dy = jnp.where(own, dy, 0)
+    hidden = einsum("RD,DF->RF", x, w_in)
+    act, pullback = jax.vjp(lambda h: swiglu(h[:, :F], h[:, F:]), hidden)
+    (d_hidden,) = pullback(einsum("RD,FD->RF", dy, w_out))
+    dw_in = einsum("RD,RF->DF", x, d_hidden).astype(jnp.float32)
+    dw_out = einsum("RF,RD->FD", act, dy).astype(jnp.float32)
+    return einsum("RF,DF->RD", d_hidden, w_in), (dw_in, dw_out)
+
+
 def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     rows, gate_up, down, group_sizes = residuals
     _, D, _, F = gate_up.shape
@@ -136,28 +149,20 @@ def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Ar
         gate_up, down = gradients  # as far as this expert: still the weights
         return gate_up[expert].reshape(D, 2 * F), down[expert]
 
-    def work(weights: Any, given: tuple[jax.Array, ...], dy: jax.Array, own: jax.Array) -> tuple[jax.Array, Any]:
-        (w_in, w_out), (x,) = weights, given
-        dy = jnp.where(own, dy, 0)
-        hidden = einsum("RD,DF->RF", x, w_in)
-        act, pullback = jax.vjp(lambda h: swiglu(h[:, :F], h[:, F:]), hidden)
-        (d_hidden,) = pullback(einsum("RD,FD->RF", dy, w_out))
-        dw_in = einsum("RD,RF->DF", x, d_hidden).astype(jnp.float32)
-        dw_out = einsum("RF,RD->FD", act, dy).astype(jnp.float32)
-        return einsum("RF,DF->RD", d_hidden, w_in), (dw_in, dw_out)
-
     def close(gradients: tuple[jax.Array, jax.Array], expert: jax.Array, sums: Any) -> tuple[jax.Array, jax.Array]:
         (d_gate_up, d_down), (dw_in, dw_out) = gradients, sums
         d_gate_up = d_gate_up.at[expert].set(dw_in.reshape(D, 2, F).astype(d_gate_up.dtype))
         return d_gate_up, d_down.at[expert].set(dw_out.astype(d_down.dtype))
 
-    d_rows, gradients = for_each_tile(Tiles(weights, work, close), group_sizes, (rows,), d_out, (gate_up, down))
+    tiles = Tiles(weights, gradients_of_tile, close)
+    d_rows, gradients = for_each_tile(tiles, group_sizes, (rows,), d_out, (gate_up, down))
     busy = group_sizes > 0
     d_gate_up, d_down = (jnp.where(jnp.expand_dims(busy, range(1, d.ndim)), d, 0) for d in gradients)
     return zero_past(d_rows, group_sizes), d_gate_up, d_down, None, None
 
 
 tiled_experts.defvjp(_tiled_forward, _tiled_backward)
+
 
 KERNELS = {
     "tiles": tiled_experts,

@@ -25,6 +25,7 @@ from qvlmoe_jax.experts_adapted import PRODUCTS, adapted_experts
 from qvlmoe_jax.layers import Linear, einsum
 from qvlmoe_jax.quantised import Held, QuantisedWeight, forgetful
 from qvlmoe_jax.sharding import HIDDEN, active_mesh, axes_in, axes_of, fit, partition_spec
+from qvlmoe_jax.trained_experts import TrainedStack
 from qvlmoe_jax.turns import after, in_turn
 
 EXPERTS = "layers/mlp/experts/"
@@ -91,9 +92,10 @@ class Qwen3VLMoeTextExperts(nnx.Module):
         self.lora_scale = 1.0
 
     def stack(self, layer: jax.Array) -> ExpertStack | None:
-        """Layer `layer` of these, which are all layers' `[L,E,...]`; None of quantised ones, whose layer is expanded first."""
+        """Layer `layer` of these, which are all layers' `[L,E,...]`; None of quantised ones, whose layer is expanded first, and
+        of adapted ones, whose kernel reads no stack."""
         gate_up, down = self.gate_up_proj, self.down_proj
-        if isinstance(gate_up, QuantisedWeight) or isinstance(down, QuantisedWeight):
+        if isinstance(gate_up, QuantisedWeight) or isinstance(down, QuantisedWeight) or self.adapters():
             return None
         return ExpertStack(gate_up[...], down[...], layer)
 
@@ -124,14 +126,14 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         self,
         x_BTD: jax.Array,
         valid_BT: jax.Array,
-        stack: ExpertStack | None = None,
+        stack: ExpertStack | TrainedStack | None = None,
         bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         placed = forgetful(lambda block, *inputs: block._placed(*inputs), self.experts.gate_up_proj)
         return placed(self, x_BTD, valid_BT, stack, bias_E)
 
     def _placed(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, stack: ExpertStack | None, bias_E: jax.Array | None
+        self, x_BTD: jax.Array, valid_BT: jax.Array, stack: ExpertStack | TrainedStack | None, bias_E: jax.Array | None
     ) -> tuple[jax.Array, RouterStats]:
         gate, adapters, mesh = self.gate.weight[...], self.experts.adapters(), active_mesh()
         gate_up = Held.of(self.experts.gate_up_proj, EXPERTS + "gate_up_proj", mesh)
@@ -183,7 +185,7 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
         held_gate_up: Held,
         held_down: Held,
         adapters: dict[str, jax.Array],
-        stack: ExpertStack | None,
+        stack: ExpertStack | TrainedStack | None,
         bias_E: jax.Array | None,
         *,
         layout: _Layout,
@@ -202,6 +204,8 @@ class Qwen3VLMoeTextSparseMoeBlock(nnx.Module):
             adapters = {name: _gather_fsdp(a, layout.adapters.get(name, P())) for name, a in adapters.items()}
 
         def kernel(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+            if isinstance(stack, TrainedStack):
+                return stack.run(rows, sizes)
             if adapters:
                 product = PRODUCTS[self.backend.experts]
                 return adapted_experts(product, rows, gate_up, down, adapters, self.experts.lora_scale, sizes)

@@ -23,6 +23,7 @@ from qvlmoe_jax.moe import Qwen3VLMoeTextSparseMoeBlock, RouterStats
 from qvlmoe_jax.remat import rematerialised
 from qvlmoe_jax.rope import rotate, text_rotary
 from qvlmoe_jax.sharding import BATCH, HIDDEN, active_mesh, constrain
+from qvlmoe_jax.trained_experts import Passed, TrainedStack, passed_on
 from qvlmoe_jax.turns import weights_in_turn
 
 
@@ -96,7 +97,7 @@ class Qwen3VLMoeTextDecoderLayer(nnx.Module):
         x: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array,
-        stack: ExpertStack | None = None,
+        stack: ExpertStack | TrainedStack | None = None,
         router_bias: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotary, segment_ids)
@@ -106,7 +107,7 @@ class Qwen3VLMoeTextDecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         valid: jax.Array,
-        stack: ExpertStack | None = None,
+        stack: ExpertStack | TrainedStack | None = None,
         router_bias: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         """The layer's second half. `stack` and `router_bias [E]`: see `Qwen3VLMoeTextSparseMoeBlock`."""
@@ -249,31 +250,46 @@ class Qwen3VLMoeTextModel(nnx.Module):
         `router_bias`: `[repeats,MoE layers of a period,E]`.
         """
         levels = deepstack.shape[0]
-        # The CPU's kernel reads a stack and gives the gradients to the layer, which is scanned over: so the stack is a constant.
+        # The kernel of tiles reads a stack, which to it is a constant, and gives the gradients to what is passed on, if anything
+        # is, else to the layer's own weights, which are scanned over.
         use_stacks = self.backend.experts == "tiles" and active_mesh() is None
+        stacks = [self.expert_stack(slot, jnp.int32(0)) if use_stacks else None for slot in run.slots]
+        passed = [passed_on(stack) for stack in stacks]
+        layers = [self.slot_layers(slot) for slot in run.slots]
+        layers = [layer if own is None else _with_constant_experts(layer) for layer, own in zip(layers, passed, strict=True)]
 
         def body(
-            x: jax.Array, step: tuple[jax.Array, list[Qwen3VLMoeTextDecoderLayer], jax.Array | None]
-        ) -> tuple[jax.Array, Any]:
+            carry: tuple[jax.Array, list[Passed | None]],
+            step: tuple[jax.Array, list[Qwen3VLMoeTextDecoderLayer], jax.Array | None],
+        ) -> tuple[tuple[jax.Array, list[Passed | None]], Any]:
+            x, passed = carry
             index, layers, biases = step
             rows = iter(() if biases is None else biases)
-            hidden, stats = [], []
-            for slot, layer in zip(run.slots, layers, strict=True):
+            hidden, stats, handed_on = [], [], []
+            for slot, layer, all_experts, own in zip(run.slots, layers, stacks, passed, strict=True):
                 x, layer = weights_in_turn(x, layer, "layers", HIDDEN)
-                stack = jax.lax.stop_gradient(self.expert_stack(slot, index)) if use_stacks else None
-                x, layer_stats = layer(x, rotary, segment_ids, stack, next(rows, None) if slot.kind == "moe" else None)
+                read = all_experts and jax.lax.stop_gradient(all_experts._replace(layer=index))
+                experts = read if read is None or own is None else TrainedStack(read, own)
+                x, layer_stats = layer(x, rotary, segment_ids, experts, next(rows, None) if slot.kind == "moe" else None)
+                handed_on.append(experts.passed if isinstance(experts, TrainedStack) else None)
                 hidden.append(x)
                 stats.append(layer_stats)
                 if slot.first < levels:
                     number = slot.first + index * slot.period
                     x = x + jnp.where(number < levels, deepstack[jnp.minimum(number, levels - 1)], 0)
             stats = [jax.tree.map(lambda a: a[None], s) for s in stats if s is not None]
-            return x, (jnp.stack(hidden) if output_hidden_states else None, _concatenate(stats))
+            return (x, handed_on), (jnp.stack(hidden) if output_hidden_states else None, _concatenate(stats))
 
-        layers = [self.slot_layers(slot) for slot in run.slots]
-        x, outputs = jax.lax.scan(rematerialised(body, self.backend), x, (jnp.arange(run.repeats), layers, router_bias))
+        steps = jnp.arange(run.repeats), layers, router_bias
+        (x, _), outputs = jax.lax.scan(rematerialised(body, self.backend), (x, passed), steps)
         # [repeats, period, ...] -> [layers, ...]
         return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+
+
+def _with_constant_experts(layers: Qwen3VLMoeTextDecoderLayer) -> Qwen3VLMoeTextDecoderLayer:
+    """The layers, without gradients of their experts' weights."""
+    graph, experts, rest = nnx.split(layers, nnx.PathContains("experts"), ...)
+    return nnx.merge(graph, jax.lax.stop_gradient(experts), rest)
 
 
 def _concatenate(stats: Sequence[RouterStats | None]) -> RouterStats | None:

@@ -66,8 +66,7 @@ def for_each_tile(
         begin, end = ends[expert] - group_sizes_E[expert], ends[expert]
         weights = tiles.weights(rest, expert)
 
-        def one_tile(t: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            out, sums = state
+        def one_tile(t: jax.Array | int, out: jax.Array) -> tuple[jax.Array, Any]:
             first = begin + t * tallest
             start = jnp.minimum(first, num_rows - tallest)  # the last tile may begin among rows already done
             at = start + jnp.arange(tallest)
@@ -77,11 +76,14 @@ def for_each_tile(
             # Only tiles go in and out: a conditional copies what it is given to change.
             new, more = jax.lax.switch(enough, [functools.partial(of_height, h) for h in heights], weights, rows, own)
             out = jax.lax.dynamic_update_slice(out, jnp.where(own, new, rows[-1]), (start, 0))
-            return out, jax.tree.map(jnp.add, sums, more)
+            return out, more
 
-        shapes = jax.eval_shape(tiles.work, weights, tuple(a[:1] for a in given), out[:1], jnp.ones((1, 1), bool))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[1])
-        out, sums = jax.lax.fori_loop(0, (end - begin + tallest - 1) // tallest, one_tile, (out, zeros))
+        def one_more(t: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            out, more = one_tile(t, state[0])
+            return out, jax.tree.map(jnp.add, state[1], more)
+
+        # Most experts have one tile: no zeroes to add it to.
+        out, sums = jax.lax.fori_loop(1, (end - begin + tallest - 1) // tallest, one_more, one_tile(0, out))
         return out, tiles.close(rest, expert, sums)
 
     return jax.lax.fori_loop(0, jnp.sum(group_sizes_E > 0), one_expert, (out, rest))
