@@ -163,7 +163,6 @@ def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Ar
 
 tiled_experts.defvjp(_tiled_forward, _tiled_backward)
 
-
 KERNELS = {
     "tiles": tiled_experts,
     "ragged_dot": functools.partial(grouped_experts, ragged_product),

@@ -65,6 +65,8 @@ def for_each_tile(
         expert = busy[i]
         begin, end = ends[expert] - group_sizes_E[expert], ends[expert]
         weights = tiles.weights(rest, expert)
+        abstract = jax.eval_shape(tiles.work, weights, tuple(a[:1] for a in given), out[:1], jnp.ones((1, 1), bool))
+        has_sums = bool(jax.tree.leaves(abstract[1]))
 
         def one_tile(t: jax.Array | int, out: jax.Array) -> tuple[jax.Array, Any]:
             first = begin + t * tallest
@@ -82,8 +84,9 @@ def for_each_tile(
             out, more = one_tile(t, state[0])
             return out, jax.tree.map(jnp.add, state[1], more)
 
-        # Most experts have one tile: no zeroes to add it to.
-        out, sums = jax.lax.fori_loop(1, (end - begin + tallest - 1) // tallest, one_more, one_tile(0, out))
+        # Most experts have one tile: where there are sums, no zeroes to add it to.
+        begun = one_tile(0, out) if has_sums else (out, None)
+        out, sums = jax.lax.fori_loop(int(has_sums), (end - begin + tallest - 1) // tallest, one_more, begun)
         return out, tiles.close(rest, expert, sums)
 
     return jax.lax.fori_loop(0, jnp.sum(group_sizes_E > 0), one_expert, (out, rest))
