@@ -63,9 +63,7 @@ def _is_differentiated(stack: ExpertStack) -> bool:
 
 
 @jax.custom_vjp
-def _passed_experts(
-    rows_RD: jax.Array, group_sizes_E: jax.Array, stack: ExpertStack, passed: Passed
-) -> tuple[jax.Array, Passed]:
+def _passed_experts(rows_RD: jax.Array, group_sizes_E: jax.Array, stack: ExpertStack, passed: Passed) -> tuple[jax.Array, Passed]:
     gate_up, down, first = stack.flat()
     return run_tiles(rows_RD, gate_up, down, group_sizes_E, first), passed
 
