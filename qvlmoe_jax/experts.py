@@ -87,12 +87,12 @@ def run_tiles(
 ) -> jax.Array:
     """`tiled_experts` without a gradient; group 0's weights are those at `first_expert`. Rows one by one while most experts have
     at most one, else tiles."""
-    D, F = rows.shape[1], gate_up.shape[-1]
     if rows.shape[0] <= group_sizes.shape[0]:
         return _row_by_row(rows, gate_up, down, group_sizes, first_expert)
+    F = gate_up.shape[-1]
 
     def weights(_: None, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return gate_up[first_expert + expert].reshape(D, 2 * F), down[first_expert + expert]
+        return expert_weights(gate_up, down, first_expert + expert)
 
     def work(weights: Any, _: Any, x: jax.Array, own: jax.Array) -> tuple[jax.Array, None]:
         del own
@@ -128,6 +128,20 @@ def _tiled_forward(*inputs: Any) -> tuple[jax.Array, Any]:
     return tiled_experts(*inputs), inputs[:4]
 
 
+def expert_weights(gate_up: jax.Array, down: jax.Array, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One expert's two matrices, `[D,2F]` and `[F,D]`."""
+    return gate_up[expert].reshape(gate_up.shape[1], -1), down[expert]
+
+
+def write_gradients(
+    gradients: tuple[jax.Array, jax.Array], expert: Any, sums: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """`gradients`, of gate_up and down, with one expert's over what was there; in a stack its index is after the layer's."""
+    (d_gate_up, d_down), (dw_in, dw_out) = gradients, sums
+    d_gate_up = d_gate_up.at[expert].set(dw_in.reshape(d_gate_up.shape[-3:]).astype(d_gate_up.dtype))
+    return d_gate_up, d_down.at[expert].set(dw_out.astype(d_down.dtype))
+
+
 def gradients_of_tile(weights: Any, given: tuple[jax.Array, ...], dy: jax.Array, own: jax.Array) -> tuple[jax.Array, Any]:
     """`Tiles.work` of a backward pass: the rows' gradient, and the weights' `[D,2F]` and `[F,D]` in float32."""
     (w_in, w_out), (x,) = weights, given
@@ -143,18 +157,10 @@ def gradients_of_tile(weights: Any, given: tuple[jax.Array, ...], dy: jax.Array,
 
 def _tiled_backward(residuals: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     rows, gate_up, down, group_sizes = residuals
-    _, D, _, F = gate_up.shape
-
-    def weights(gradients: tuple[jax.Array, jax.Array], expert: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gate_up, down = gradients  # as far as this expert: still the weights
-        return gate_up[expert].reshape(D, 2 * F), down[expert]
-
-    def close(gradients: tuple[jax.Array, jax.Array], expert: jax.Array, sums: Any) -> tuple[jax.Array, jax.Array]:
-        (d_gate_up, d_down), (dw_in, dw_out) = gradients, sums
-        d_gate_up = d_gate_up.at[expert].set(dw_in.reshape(D, 2, F).astype(d_gate_up.dtype))
-        return d_gate_up, d_down.at[expert].set(dw_out.astype(d_down.dtype))
-
-    tiles = Tiles(weights, gradients_of_tile, close)
+    # An expert's gradient goes over its weights: as far as that expert `gradients` are still the weights.
+    tiles = Tiles(
+        lambda gradients, expert: expert_weights(gradients[0], gradients[1], expert), gradients_of_tile, write_gradients
+    )
     d_rows, gradients = for_each_tile(tiles, group_sizes, (rows,), d_out, (gate_up, down))
     busy = group_sizes > 0
     d_gate_up, d_down = (jnp.where(jnp.expand_dims(busy, range(1, d.ndim)), d, 0) for d in gradients)

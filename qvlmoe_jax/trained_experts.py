@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from qvlmoe_jax.experts import ExpertStack, gradients_of_tile, run_tiles
+from qvlmoe_jax.experts import ExpertStack, expert_weights, gradients_of_tile, run_tiles, write_gradients
 from qvlmoe_jax.grouped import zero_past
 from qvlmoe_jax.tiles import Tiles, for_each_tile
 
@@ -76,16 +76,13 @@ def _passed_backward(residuals: Any, cotangents: tuple[jax.Array, Passed]) -> tu
     rows, group_sizes, stack = residuals
     d_out, d_passed = cotangents
     gate_up, down, first = stack.flat()
-    _, D, _, F = gate_up.shape
 
     def weights(_: Passed, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return gate_up[first + expert].reshape(D, 2 * F), down[first + expert]
+        return expert_weights(gate_up, down, first + expert)
 
     def close(gradients: Passed, expert: jax.Array, sums: tuple[jax.Array, jax.Array]) -> Passed:
         # Set and not added: each layer runs once, so what comes back has zeroes there.
-        (d_gate_up, d_down), (dw_in, dw_out) = gradients, sums
-        d_gate_up = d_gate_up.at[stack.layer, expert].set(dw_in.reshape(D, 2, F).astype(d_gate_up.dtype))
-        return d_gate_up, d_down.at[stack.layer, expert].set(dw_out.astype(d_down.dtype))
+        return write_gradients(gradients, (stack.layer, expert), sums)
 
     d_rows, d_passed = for_each_tile(Tiles(weights, gradients_of_tile, close), group_sizes, (rows,), d_out, d_passed)
     return zero_past(d_rows, group_sizes), None, None, d_passed
